@@ -1,0 +1,213 @@
+"""DiT: a diffusion transformer with adaLN-Zero conditioning (arXiv:2212.09748; facebookresearch/DiT).
+
+Shapes: B batch, H W height and width, C channels, P patch, L tokens, D width, N heads, K head dim, F mlp hidden, Z depth.
+The blocks' parameters are stacked along a leading axis Z, whether the blocks run as a loop or unrolled, so a checkpoint
+never depends on how it is run.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdiff.layers import (
+    Conv,
+    Dense,
+    Embed,
+    attention,
+    layer_norm,
+    sincos_positions_2d,
+    timestep_embedding,
+    xavier_uniform,
+    zeros,
+)
+
+Remat = Literal["none", "dots", "full"]
+EPS = 1e-6
+
+
+def _linear_patch_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Xavier-uniform of the patch convolution seen as a Linear, fan_in P*P*C, fan_out D, as the official code has it."""
+    return xavier_uniform()(key, (int(np.prod(shape[:-1])), shape[-1]), dtype).reshape(shape)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused qkv product; qk_norm adds an RMS norm of q and k a head."""
+
+    num_heads: int
+    qk_norm: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        B, L, D = x_BLD.shape
+        qkv_BL3NK = Dense(3 * D, dtype=self.dtype, name="qkv")(x_BLD).reshape(B, L, 3, self.num_heads, -1)
+        q_BLNK, k_BLNK, v_BLNK = (qkv_BL3NK[:, :, i] for i in range(3))
+        if self.qk_norm:
+            q_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="q_norm")(q_BLNK)
+            k_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="k_norm")(k_BLNK)
+        return Dense(D, dtype=self.dtype, name="proj")(attention(q_BLNK, k_BLNK, v_BLNK).reshape(B, L, D))
+
+
+class Mlp(nn.Module):
+    """Two layers with tanh-approximated GELU."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        h_BLF = Dense(self.hidden, dtype=self.dtype, name="fc1")(x_BLD)
+        return Dense(x_BLD.shape[-1], dtype=self.dtype, name="fc2")(nn.gelu(h_BLF, approximate=True))
+
+
+def modulate(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
+    """`norm(x) * (1 + scale) + shift`, scale and shift one a sample."""
+    return layer_norm(x_BLD, EPS) * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated and gated; written as a scan's body: (x, modulation) -> (x, None)."""
+
+    num_heads: int
+    hidden: int
+    qk_norm: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, modulation_B6D: jax.Array) -> tuple[jax.Array, None]:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation_B6D, 6, axis=-1)
+        attn = Attention(self.num_heads, self.qk_norm, self.dtype, name="attn")
+        x_BLD += gate_msa[:, None] * attn(modulate(x_BLD, shift_msa, scale_msa))
+        mlp = Mlp(self.hidden, self.dtype, name="mlp")
+        x_BLD += gate_mlp[:, None] * mlp(modulate(x_BLD, shift_mlp, scale_mlp))
+        return x_BLD, None
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of 256 dims, then an MLP with SiLU: (B,) -> (B, D)."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, t_B: jax.Array) -> jax.Array:
+        init = nn.initializers.normal(0.02)
+        h = Dense(self.width, kernel_init=init, dtype=self.dtype, name="mlp_0")(timestep_embedding(t_B, 256))
+        return Dense(self.width, kernel_init=init, dtype=self.dtype, name="mlp_2")(nn.silu(h))
+
+
+class DiT(nn.Module):
+    """The whole model: `apply({"params": p}, x_BHWC, t_B, y_B)` -> (B, H, W, 2C) with learn_sigma, else (B, H, W, C).
+
+    image_size: height and width of the input (of the latent, for a latent model), a multiple of patch_size.
+    num_classes: label ids are 0..num_classes-1; with label_dropout > 0 there is one more, `null_label`, the unconditional one.
+    learn_sigma: twice the channels out, the second half parametrises the variance.
+    scan_layers: run the blocks as one compiled loop (compile time flat in depth), or unrolled.
+    remat: what the backward pass recomputes: nothing, all but the matrix products ("dots"), or whole blocks ("full").
+    dtype: of the computation; parameters are fp32. `pos_embed` is a parameter because checkpoints hold it, but it is never
+    trained: see `frozen`.
+    """
+
+    image_size: int = 32
+    channels: int = 4
+    num_classes: int = 1000
+    patch_size: int = 2
+    width: int = 1152
+    depth: int = 28
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    learn_sigma: bool = True
+    label_dropout: float = 0.1
+    qk_norm: bool = False
+    scan_layers: bool = True
+    remat: Remat = "none"
+    dtype: Any = jnp.float32
+
+    frozen = r"pos_embed"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width={self.width} is not a multiple of 4, which the 2-D positions need")
+        if self.remat not in ("none", "dots", "full"):
+            raise ValueError(f"remat={self.remat!r} is unknown; use 'none', 'dots' or 'full'")
+
+    @property
+    def null_label(self) -> int | None:
+        """The id that stands for "no label", or None when label_dropout is 0 and the model has none."""
+        return self.num_classes if self.label_dropout > 0 else None
+
+    def dummy_inputs(self, batch: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Zeros of the shapes that `init` and `apply` take."""
+        x_BHWC = jnp.zeros((batch, self.image_size, self.image_size, self.channels))
+        return x_BHWC, jnp.zeros((batch,)), jnp.zeros((batch,), jnp.int32)
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample's forward pass: products and convolutions; the paper's "Gflops"."""
+        L, D, Z = (self.image_size // self.patch_size) ** 2, self.width, self.depth
+        F, out = int(D * self.mlp_ratio), self.channels * (1 + self.learn_sigma)
+        block = L * (4 * D * D + 2 * D * F) + 2 * L * L * D + 6 * D * D
+        ends = L * self.patch_size**2 * (self.channels + out) * D + 2 * D * D + 256 * D + D * D
+        return Z * block + ends
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array:
+        B, H, W, C = x_BHWC.shape
+        if (H, W, C) != (self.image_size, self.image_size, self.channels):
+            expected = (self.image_size, self.image_size, self.channels)
+            raise ValueError(f"the model takes pictures of {expected}, found {(H, W, C)}")
+        P, D, grid = self.patch_size, self.width, self.image_size // self.patch_size
+        dtype = jnp.promote_types(self.dtype, x_BHWC.dtype) if x_BHWC.dtype == jnp.float64 else self.dtype
+
+        embed = Conv(D, (P, P), (P, P), "VALID", kernel_init=_linear_patch_init, dtype=dtype, name="x_embedder")
+        positions = lambda _, shape, param_dtype: jnp.asarray(sincos_positions_2d(D, grid, grid)[None], param_dtype)  # noqa: E731
+        pos_embed = self.param("pos_embed", positions, (1, grid * grid, D), jnp.float32)
+        x_BLD = embed(x_BHWC).reshape(B, grid * grid, D) + pos_embed.astype(dtype)
+
+        rows = self.num_classes + (self.label_dropout > 0)
+        c_BD = TimestepEmbedder(D, dtype, name="t_embedder")(t_B)
+        c_BD = nn.silu(c_BD + Embed(rows, D, dtype=dtype, name="y_embedder")(y_B))
+
+        modulation = nn.vmap(
+            Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=self.depth
+        )
+        modulation_ZB6D = modulation(6 * D, kernel_init=zeros, dtype=dtype, name="adaLN_modulation")(c_BD)
+        block = Block
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            block = nn.remat(Block, prevent_cse=not self.scan_layers, policy=policy)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+            unroll=1 if self.scan_layers else self.depth,
+        )
+        hidden = int(D * self.mlp_ratio)
+        x_BLD, _ = blocks(self.heads, hidden, self.qk_norm, dtype, name="blocks")(x_BLD, modulation_ZB6D)
+
+        final = Dense(2 * D, kernel_init=zeros, dtype=dtype, name="final_adaLN_modulation")(c_BD)
+        shift_BD, scale_BD = jnp.split(final, 2, axis=-1)
+        out = C * (1 + self.learn_sigma)
+        linear = Dense(P * P * out, kernel_init=zeros, dtype=dtype, name="final_linear")
+        y_BLD = linear(modulate(x_BLD, shift_BD, scale_BD))
+        y = y_BLD.reshape(B, grid, grid, P, P, out).transpose(0, 1, 3, 2, 4, 5)
+        return y.reshape(B, H, W, out)
+
+
+SIZES = {
+    "S": {"width": 384, "depth": 12, "heads": 6},
+    "B": {"width": 768, "depth": 12, "heads": 12},
+    "L": {"width": 1024, "depth": 24, "heads": 16},
+    "XL": {"width": 1152, "depth": 28, "heads": 16},
+}
+CONFIGS = {
+    f"DiT-{size}/{patch}": {**shape, "patch_size": patch} for size, shape in SIZES.items() for patch in (2, 4, 8)
+}

@@ -1,0 +1,116 @@
+"""The one path language: trees of arrays seen as `a/b/kernel` names, and rules (regex -> value) over them.
+
+LoRA targets, quantization rules, sharding rules, decay masks and key tables all use it. A rule's regex must match the
+whole path; the first match wins; a path that no rule matches is an error. Nothing here knows a model.
+"""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+Tree = Any
+T = TypeVar("T")
+Rules = Sequence[tuple[str, T]]
+
+
+def key_name(key: Any) -> str:
+    """One step of a JAX key path as plain text: a dict key, an attribute's name or an index."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    raise TypeError(f"unknown key type in a tree path: {key!r}")
+
+
+def path_name(key_path: Iterable[Any]) -> str:
+    """A JAX key path as `a/b/kernel`."""
+    return "/".join(key_name(key) for key in key_path)
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Leaves by path, in the tree's own order; None is no leaf."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_with_path(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """`jax.tree.map` whose function gets the path as its first argument."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
+
+
+def match(rules: Rules[T], path: str) -> T:
+    """The value of the first rule whose regex matches all of `path`; KeyError if none does."""
+    for pattern, value in rules:
+        if re.fullmatch(pattern, path):
+            return value
+    raise KeyError(f"no rule matches {path!r}; the rules are {[pattern for pattern, _ in rules]}")
+
+
+def apply_rules(rules: Rules[T], tree: Tree) -> Tree:
+    """A tree of the rules' values, one for each leaf of `tree`."""
+    return map_with_path(lambda path, _: match(rules, path), tree)
+
+
+def partition(tree: Tree, chosen: Tree) -> tuple[Tree, Tree]:
+    """Splits a tree by a tree of booleans: (leaves that are chosen, the others), None in the places left out."""
+    yes = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, chosen)
+    no = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, chosen)
+    return yes, no
+
+
+def merge(*trees: Tree) -> Tree:
+    """Undoes `partition`: at each place the first leaf that is not None."""
+    is_none = lambda leaf: leaf is None  # noqa: E731
+    return jax.tree.map(lambda *leaves: next((x for x in leaves if x is not None), None), *trees, is_leaf=is_none)
+
+
+def count(tree: Tree) -> int:
+    """Number of scalars in all leaves (arrays or shape structs)."""
+    return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(tree))
+
+
+def differences(expected: Tree, found: Tree) -> list[str]:
+    """Lines naming every leaf that is missing, unexpected, or of another shape or dtype. Empty when the trees agree."""
+    want, have = flatten(expected), flatten(found)
+    lines = [f"missing: {path} {describe(leaf)}" for path, leaf in want.items() if path not in have]
+    lines += [f"unexpected: {path} {describe(leaf)}" for path, leaf in have.items() if path not in want]
+    lines += [
+        f"differs: {path} expected {describe(leaf)}, found {describe(have[path])}"
+        for path, leaf in want.items()
+        if path in have and describe(leaf) != describe(have[path])
+    ]
+    return lines
+
+
+def describe(leaf: Any) -> str:
+    """Dtype and shape of an array-like, as `float32[2,3]`."""
+    return f"{np.dtype(leaf.dtype) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype}" + (
+        "[" + ",".join(map(str, leaf.shape)) + "]"
+    )
+
+
+def leaf_hash(leaf: Any) -> str:
+    """Sixteen hex digits of SHA-256 over an array's dtype, shape and bytes (in C order)."""
+    array = np.ascontiguousarray(jax.device_get(leaf))
+    digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]
+
+
+def hashes(tree: Tree) -> dict[str, str]:
+    """`leaf_hash` of every leaf, by path."""
+    return {path: leaf_hash(leaf) for path, leaf in flatten(tree).items()}
+
+
+def combined_hash(hash_of: Mapping[str, str]) -> str:
+    """One hash for a whole tree, from its `hashes`; independent of the tree's order."""
+    return hashlib.sha256(repr(sorted(hash_of.items())).encode()).hexdigest()[:16]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for an error message, or nothing when no name is near."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
