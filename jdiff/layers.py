@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jdiff import weights
 
@@ -86,17 +87,49 @@ def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Ar
     """softmax(q k^T / sqrt(K)) v, the one door to attention: (B, L, N, K) out.
 
     On GPU it is JAX's fused attention (cuDNN where it takes the shape and dtype); elsewhere two products with an fp32
-    softmax between, whose normalisation is applied after the second one, where it touches the fewest numbers.
+    softmax between.
     """
     if jax.default_backend() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16):
         return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK)
-    dtype = q_BLNK.dtype
-    scores_BNLS = jnp.einsum("BLNK,BSNK->BNLS", q_BLNK * (q_BLNK.shape[-1] ** -0.5), k_BSNK)
-    scores_BNLS = scores_BNLS.astype(jnp.promote_types(dtype, jnp.float32))
-    p_BNLS = jnp.exp(scores_BNLS - jax.lax.stop_gradient(scores_BNLS.max(-1, keepdims=True)))
-    out_BNLK = jnp.einsum("BNLS,BSNK->BNLK", p_BNLS.astype(dtype), v_BSNK)
-    out_BNLK = out_BNLK / p_BNLS.sum(-1, keepdims=True).astype(dtype)
-    return jnp.swapaxes(out_BNLK, 1, 2)
+    q_BNLK, k_BNSK, v_BNSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
+    return jnp.swapaxes(_attention(q_BNLK, k_BNSK, v_BNSK), 1, 2)
+
+
+def _scores(q_BNLK: jax.Array, k_BNSK: jax.Array) -> jax.Array:
+    scores_BNLS = jnp.einsum("BNLK,BNSK->BNLS", q_BNLK * (q_BNLK.shape[-1] ** -0.5), k_BNSK)
+    return scores_BNLS.astype(jnp.promote_types(scores_BNLS.dtype, jnp.float32))
+
+
+@jax.custom_vjp
+def _attention(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array) -> jax.Array:
+    return _attention_forward(q_BNLK, k_BNSK, v_BNSK)[0]
+
+
+def _attention_forward(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array) -> tuple[jax.Array, Any]:
+    """The normalisation comes after the second product, where it touches the fewest numbers."""
+    scores_BNLS = _scores(q_BNLK, k_BNSK)
+    max_BNL1 = scores_BNLS.max(-1, keepdims=True)
+    p_BNLS = jnp.exp(scores_BNLS - max_BNL1)
+    sum_BNL1 = p_BNLS.sum(-1, keepdims=True)
+    out_BNLK = jnp.einsum("BNLS,BNSK->BNLK", p_BNLS.astype(q_BNLK.dtype), v_BNSK) / sum_BNL1.astype(q_BNLK.dtype)
+    out_BNLK, lse_BNL1 = checkpoint_name((out_BNLK, max_BNL1 + jnp.log(sum_BNL1)), "attention")
+    return out_BNLK, (q_BNLK, k_BNSK, v_BNSK, out_BNLK, lse_BNL1)
+
+
+def _attention_backward(saved: Any, g_BNLK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """FlashAttention's gradient (arXiv:2205.14135): the probabilities are made again from the scores, and the softmax's
+    inner product is that of `out` and its cotangent."""
+    q_BNLK, k_BNSK, v_BNSK, out_BNLK, lse_BNL1 = saved
+    dtype, scale = q_BNLK.dtype, q_BNLK.shape[-1] ** -0.5
+    p_BNLS = jnp.exp(_scores(q_BNLK, k_BNSK) - lse_BNL1)
+    inner_BNL1 = jnp.sum((g_BNLK * out_BNLK).astype(p_BNLS.dtype), -1, keepdims=True)
+    ds_BNLS = (p_BNLS * (jnp.einsum("BNLK,BNSK->BNLS", g_BNLK, v_BNSK) - inner_BNL1)).astype(dtype)
+    dq_BNLK = jnp.einsum("BNLS,BNSK->BNLK", ds_BNLS, k_BNSK) * scale
+    dk_BNSK = jnp.einsum("BNLS,BNLK->BNSK", ds_BNLS, q_BNLK) * scale
+    return dq_BNLK, dk_BNSK, jnp.einsum("BNLS,BNLK->BNSK", p_BNLS.astype(dtype), g_BNLK)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:

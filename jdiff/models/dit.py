@@ -26,6 +26,13 @@ from jdiff.layers import (
 
 Remat = Literal["none", "dots", "full"]
 EPS = 1e-6
+_policies = jax.checkpoint_policies
+SAVED = {
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names("attention")
+    ),
+    "full": None,
+}
 
 
 def _linear_patch_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -43,8 +50,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         B, L, D = x_BLD.shape
-        qkv_BL3NK = Dense(3 * D, dtype=self.dtype, name="qkv")(x_BLD).reshape(B, L, 3, self.num_heads, -1)
-        q_BLNK, k_BLNK, v_BLNK = (qkv_BL3NK[:, :, i] for i in range(3))
+        qkv_BL3D = Dense(3 * D, dtype=self.dtype, name="qkv")(x_BLD)
+        q_BLNK, k_BLNK, v_BLNK = (y.reshape(B, L, self.num_heads, -1) for y in jnp.split(qkv_BL3D, 3, axis=-1))
         if self.qk_norm:
             q_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="q_norm")(q_BLNK)
             k_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="k_norm")(k_BLNK)
@@ -160,7 +167,7 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array:
         B, H, W, C = x_BHWC.shape
-        if (H, W, C) != (self.image_size, self.image_size, self.channels):
+        if (self.image_size, self.image_size, self.channels) != (H, W, C):
             expected = (self.image_size, self.image_size, self.channels)
             raise ValueError(f"the model takes pictures of {expected}, found {(H, W, C)}")
         P, D, grid = self.patch_size, self.width, self.image_size // self.patch_size
@@ -176,13 +183,16 @@ class DiT(nn.Module):
         c_BD = nn.silu(c_BD + Embed(rows, D, dtype=dtype, name="y_embedder")(y_B))
 
         modulation = nn.vmap(
-            Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=self.depth
+            Dense,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,  # type: ignore[arg-type]
+            axis_size=self.depth,
         )
         modulation_ZB6D = modulation(6 * D, kernel_init=zeros, dtype=dtype, name="adaLN_modulation")(c_BD)
         block = Block
         if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-            block = nn.remat(Block, prevent_cse=not self.scan_layers, policy=policy)
+            block = nn.remat(Block, prevent_cse=not self.scan_layers, policy=SAVED[self.remat])
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -1,0 +1,217 @@
+"""Checkpoints that describe themselves, kept by Orbax under WORKDIR/checkpoints/STEP.
+
+Each holds the items of a training state, saved apart so that sampling reads only what it needs, and `meta`: the step, the
+config, jdiff's version and git revision, each array's dtype and shape, and each array's checksum.
+
+The resume ladder, in this one place:
+1. the newest checkpoint in the workdir, if its arrays are those of the model at hand (else: an error that lists the
+   differences; nothing is cast, zero-filled or left out) and every checksum agrees;
+2. when it is damaged: said aloud, moved to WORKDIR/damaged, and the next older one is tried;
+3. when there are checkpoints and none is whole: an error, since starting anew would overwrite the evidence;
+4. when there are none: a fresh start.
+"""
+
+import importlib
+import json
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from jdiff import tree
+from jdiff.version import __version__
+
+log = logging.getLogger(__name__)
+Items = Mapping[str, Any]
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line that says why and what to do."""
+
+
+class Damaged(CheckpointError):
+    """A checkpoint whose content is not what was saved."""
+
+
+def _orbax() -> Any:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates each save through absl
+    return importlib.import_module("orbax.checkpoint")
+
+
+def git_revision() -> str | None:
+    """The revision of the source tree that runs, marked `+` when files differ from it; None outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True)  # noqa: E731
+        changed = run("status", "--porcelain", "--untracked-files=no", ".").stdout.strip()
+        return run("rev-parse", "HEAD").stdout.strip() + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@jax.jit
+def _all_finite(items: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(items) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)]
+    return jax.numpy.all(jax.numpy.stack([jax.numpy.isfinite(x).all() for x in floats]))
+
+
+def steps(workdir: Path) -> list[int]:
+    """The committed checkpoints' steps, oldest first; unfinished ones have other names and do not count."""
+    folder = workdir / "checkpoints"
+    found = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()] if folder.is_dir() else []
+    return sorted(found)
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, for writing; a context manager whose end waits for saves under way."""
+
+    def __init__(self, workdir: Path, keep: int):
+        ocp = _orbax()
+        self.workdir = workdir
+        folder = (workdir / "checkpoints").resolve()
+        for unfinished in folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed in a save
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, items: Items, facts: Mapping[str, Any]) -> None:
+        """Starts a save of `items` (name -> tree) with `facts` in its metadata; an earlier save's failure is raised here.
+
+        FloatingPointError when a number is not finite: such a state is never written.
+        """
+        if not bool(_all_finite(dict(items))):
+            bad = [p for p, x in tree.flatten(dict(items)).items() if not bool(_all_finite([x]))]
+            raise FloatingPointError(f"step {step} is not saved: {bad[0]} and {len(bad) - 1} more hold NaN or infinity")
+        ocp = _orbax()
+        arrays = {path: tree.describe(leaf) for path, leaf in tree.flatten(dict(items)).items()}
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "jdiff_version": __version__,
+            "git_revision": git_revision(),
+            "arrays": arrays,
+            "checksums": tree.checksums(dict(items)),
+            **facts,
+        }
+        meta = json.loads(json.dumps(meta))
+        meta["self"] = tree.digest(meta)
+        saves = {name: ocp.args.StandardSave(item) for name, item in items.items() if jax.tree.leaves(item)}
+        self.manager.check_for_errors()
+        self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **saves))
+
+    def wait(self) -> None:
+        """Blocks until every started save is durable."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go of Orbax's threads."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+    def restore_newest(self, target: Callable[[dict[str, Any]], Items]) -> tuple[Items, dict[str, Any]] | None:
+        """Climbs the resume ladder: (items, metadata) of the newest whole checkpoint, or None for a fresh start.
+
+        `target(meta)` gives the trees of ShapeDtypeStructs with shardings to restore into.
+        """
+        there = steps(self.workdir)
+        if not there:
+            return None
+
+        def read(step: int) -> tuple[Items, dict[str, Any]]:
+            meta = read_meta(self.workdir, step)
+            return restore(self.workdir, step, target(meta), meta), meta
+
+        return newest_whole(there, read, self._move_aside)
+
+    def _move_aside(self, step: int) -> None:
+        aside = self.workdir / "damaged" / str(step)
+        log.warning("moved the damaged checkpoint to %s", aside)
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            shutil.move(self.workdir / "checkpoints" / str(step), aside)
+        self.manager.reload()
+
+
+T = TypeVar("T")
+
+
+def newest_whole(there: list[int], read: Callable[[int], T], damaged: Callable[[int], None] = lambda step: None) -> T:
+    """`read(step)` for the newest step whose read is not `Damaged`; each damaged one is said aloud and given to `damaged`."""
+    for step in reversed(there):
+        try:
+            return read(step)
+        except Damaged as error:
+            log.warning("%s; trying the one before", error)
+            damaged(step)
+    raise CheckpointError(f"none of the checkpoints of steps {there} is whole; start in another --workdir")
+
+
+def read_meta(workdir: Path, step: int) -> dict[str, Any]:
+    """A checkpoint's metadata; Damaged when it is unreadable or not what was written."""
+    folder = workdir / "checkpoints" / str(step)
+    ocp = _orbax()
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler())) as checkpointer:
+            meta = checkpointer.restore(folder.resolve(), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        found = meta.pop("self")
+        whole = found == tree.digest(meta)
+    except Exception as error:  # whatever a reader makes of damaged bytes
+        raise Damaged(f"checkpoint {folder} is damaged: its metadata is unreadable ({_line(error)})") from error
+    if not whole:
+        raise Damaged(f"checkpoint {folder} is damaged: its metadata is not what was written")
+    if meta["format"] != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {folder} has format {meta['format']}; this jdiff reads {FORMAT}: update jdiff"
+        )
+    return meta
+
+
+def restore(workdir: Path, step: int, target: Items, meta: dict[str, Any]) -> Items:
+    """The items that `target` names, on its shardings.
+
+    CheckpointError lists the differences when the arrays are another model's; Damaged when one is not what was saved.
+    """
+    folder = workdir / "checkpoints" / str(step)
+    names = tuple(f"{name}/" for name in target)
+    expected = {path: tree.describe(leaf) for path, leaf in tree.flatten(dict(target)).items()}
+    found = {path: text for path, text in meta["arrays"].items() if path.startswith(names)}
+    if expected != found:
+        wrong = [f"{path} expected {expected[path]}, found {found.get(path, 'nothing')}" for path in expected]
+        wrong = [line for path, line in zip(expected, wrong, strict=True) if found.get(path) != expected[path]]
+        wrong += [f"{path} {text} is not part of this model" for path, text in found.items() if path not in expected]
+        raise CheckpointError(
+            f"checkpoint {folder} is of another model: {len(wrong)} array(s) differ, first: {wrong[0]}; "
+            "use another --workdir or the config it was made with"
+        )
+    ocp = _orbax()
+    full = {name: item for name, item in target.items() if jax.tree.leaves(item)}
+    handlers = {name: ocp.StandardCheckpointHandler() for name in full}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+            args = {name: ocp.args.StandardRestore(item) for name, item in full.items()}
+            restored = checkpointer.restore(folder.resolve(), args=ocp.args.Composite(**args))
+        items = {name: restored[name] if name in full else item for name, item in target.items()}
+        sums = tree.checksums(items)
+    except Exception as error:
+        raise Damaged(f"checkpoint {folder} is damaged: {_line(error)}") from error
+    for path, value in sums.items():
+        if value != meta["checksums"][path]:
+            raise Damaged(f"checkpoint {folder} is damaged: the checksum of {path} does not agree")
+    return items
+
+
+def _line(error: BaseException) -> str:
+    """An exception as one short line."""
+    return (f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]

@@ -1,0 +1,83 @@
+"""A TensorFlow Datasets image classification set, read without TensorFlow (array_record files, pictures kept encoded)."""
+
+import hashlib
+import importlib
+from typing import Any, Literal
+
+import numpy as np
+
+from jdiff.data.images import decode
+from jdiff.data.source import BrokenRecord, DataError
+
+
+class Tfds:
+    """`path` is what `tfds.data_source` takes: a name as `imagenette`, `cifar10:3.0.2`, or a built data set's folder.
+
+    The train split is read; see `jdiff.data.Source`.
+    """
+
+    name = "tfds"
+    kind: Literal["image"] = "image"
+
+    def __init__(self, path: str, image_size: int):
+        self.path, self.shape = path, (image_size, image_size, 3)
+        builder = self._open()
+        info = builder.info
+        if not {"image", "label"} <= set(info.features):
+            raise DataError(
+                f"data.path={path!r} has the features {sorted(info.features)}; jdiff reads `image` and `label`"
+            )
+        label = info.features["label"]
+        self.class_names = list(getattr(label, "names", None) or map(str, range(label.num_classes)))
+        self._length = info.splits["train"].num_examples
+        facts = f"{info.full_name}{self._length}{image_size}"
+        self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+    def _open(self) -> Any:
+        try:
+            tfds = importlib.import_module("tensorflow_datasets")
+        except ImportError as error:
+            raise DataError("data.name='tfds' needs tensorflow-datasets: pip install 'jax-jdiff[tfds]'") from error
+        try:
+            from_folder = "/" in self.path
+            builder = (
+                tfds.builder_from_directory(self.path)
+                if from_folder
+                else tfds.builder(self.path, file_format="array_record")
+            )
+            if not from_folder:
+                builder.download_and_prepare()
+            decoders = {"image": tfds.decode.SkipDecoding()}
+            self._records = builder.as_data_source(split="train", decoders=decoders)
+        except Exception as error:  # tfds raises many kinds; each means that the set cannot be read here
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"data.path={self.path!r} cannot be read through tfds: {type(error).__name__}: {reason}"
+            ) from error
+        return builder
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_records": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._open()
+
+    @property
+    def num_classes(self) -> int:
+        """The label feature's number of classes."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, index: int, flip: bool, rng: np.random.Generator) -> dict[str, Any]:
+        """See `Source.read`."""
+        record = self._records[index]
+        try:
+            image = decode(bytes(record["image"]), self.shape[0])
+        except Exception as error:
+            raise BrokenRecord(
+                f"{self.path}[{index}]", f"{type(error).__name__}: {error}".replace("\n", " ")
+            ) from error
+        return {"image": image[:, ::-1] if flip else image, "label": np.int32(record["label"])}

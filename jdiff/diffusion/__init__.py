@@ -1,0 +1,38 @@
+"""Diffusion as pure functions over a denoiser `model_fn(x_BHWC, t_B)`: schedules, losses, samplers."""
+
+from jdiff.diffusion.guidance import guide
+from jdiff.diffusion.loss import flow_loss, gaussian_loss, snr_weight
+from jdiff.diffusion.sampler import ddim, ddpm, flow_euler, flow_heun
+from jdiff.diffusion.schedule import (
+    Schedule,
+    add_noise,
+    keep_timesteps,
+    make_schedule,
+    prediction_target,
+    respace,
+    sample_noise,
+    sample_times,
+    sample_timesteps,
+    split_prediction,
+)
+
+__all__ = [
+    "Schedule",
+    "add_noise",
+    "ddim",
+    "ddpm",
+    "flow_euler",
+    "flow_heun",
+    "flow_loss",
+    "gaussian_loss",
+    "guide",
+    "keep_timesteps",
+    "make_schedule",
+    "prediction_target",
+    "respace",
+    "sample_noise",
+    "sample_times",
+    "sample_timesteps",
+    "snr_weight",
+    "split_prediction",
+]

@@ -1,0 +1,37 @@
+"""Ending a run on request: a signal is noted, the step under way is finished and saved, then the run ends."""
+
+import logging
+import signal
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, and its state is saved."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} at step {step}; the same command goes on from there"
+        )
+        self.exit_code = 128 + signum
+
+
+class Signals:
+    """Notes SIGTERM and the first SIGINT in `caught` (a second SIGINT ends at once); a context manager."""
+
+    caught: int | None = None
+
+    def __enter__(self) -> "Signals":
+        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, old in self._old.items():
+            signal.signal(signum, old)
+
+    def _note(self, signum: int, _: Any) -> None:
+        if self.caught == signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = signum
+        log.warning("%s: saving a checkpoint after this step, then ending", signal.Signals(signum).name)

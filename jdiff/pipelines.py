@@ -1,0 +1,181 @@
+"""From labels to pictures. One denoising loop serves every caller: the training loop's grids, the tools, a user's script."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from jdiff import diffusion, sharding
+from jdiff.diffusion.process import Process
+
+Preview = Callable[[np.ndarray], np.ndarray]
+
+
+def to_uint8(x_BHWC: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> 0..255, rounded; FloatingPointError when a number is not finite."""
+    if not np.isfinite(x_BHWC).all():
+        bad = [i for i, x in enumerate(x_BHWC) if not np.isfinite(x).all()]
+        raise FloatingPointError(
+            f"picture(s) {bad} hold NaN or infinity: the weights are not sound, or precision is too low"
+        )
+    return np.clip(np.round((np.asarray(x_BHWC, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+class ClassPipeline:
+    """Class-conditional sampling with a model, its parameters and its diffusion process, over all devices of a mesh.
+
+    preview: samples (B, H, W, C) -> uint8 RGB, for a model of latents; pixels need none.
+    class_names: what the labels mean, for captions and messages.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        process: Process,
+        *,
+        mesh: Mesh | None = None,
+        class_names: Sequence[str] = (),
+        preview: Preview | None = None,
+    ):
+        self.model, self.params, self.process = model, params, process
+        self.mesh = mesh or sharding.make_mesh()
+        self.class_names, self.preview = list(class_names), preview or to_uint8
+
+    @cached_property
+    def _denoise(self) -> Callable[..., jax.Array]:
+        rows = sharding.batch_sharding(self.mesh)
+        static = ("guidance_scale", "guidance_channels", "guidance_rescale", "guidance_interval", "sampler", "steps")
+        return jax.jit(partial(_denoise, self.model, self.process), static_argnames=static, out_shardings=rows)
+
+    def __call__(
+        self,
+        labels: Sequence[int],
+        *,
+        steps: int = 50,
+        guidance_scale: float = 4.0,
+        guidance_channels: int | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        params: Any = None,
+    ) -> np.ndarray:
+        """Samples one picture a label: float32 (len(labels), H, W, C), in [-1, 1] for pixels, latents as the model has them.
+
+        Picture i depends on (seed, first_index + i, its label) alone, whatever batch it stands in. sampler: of the
+        process's `samplers`, the quick deterministic one (ddim, euler) when None. guidance_channels=3 is the official
+        DiT sampler. params: other parameters than the pipeline's own, same tree.
+
+        ValueError for a label out of range, or guidance on a model without an unconditional label.
+        """
+        allowed = self.model.num_classes + (self.model.null_label is not None)
+        for label in labels:
+            if not 0 <= label < allowed:
+                raise ValueError(
+                    f"label {label} is out of range: the model has the classes 0..{self.model.num_classes - 1}"
+                )
+        if guidance_scale != 1 and self.model.null_label is None:
+            raise ValueError(
+                f"guidance={guidance_scale} needs an unconditional label; this model has label_dropout=0: use 1"
+            )
+        if not len(labels):
+            raise ValueError("labels is empty: give at least one")
+        count = len(labels)
+        padded = math.ceil(count / self.mesh.size) * self.mesh.size
+        rows = np.arange(padded)
+        inputs = {
+            "label": np.asarray(labels, np.int32)[rows % count],
+            "index": (first_index + rows % count).astype(np.uint32),
+        }
+        each = padded // jax.process_count()
+        mine = slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+        inputs = sharding.put_batch(self.mesh, {name: array[mine] for name, array in inputs.items()})
+        x_BHWC = self._denoise(
+            self.params if params is None else params,
+            inputs,
+            jax.random.key(seed),
+            guidance_scale=float(guidance_scale),
+            guidance_channels=guidance_channels,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            sampler=sampler or self.process.samplers[-1 if self.process.schedule is not None else 0],
+            steps=steps,
+        )
+        return gather(x_BHWC)[:count]
+
+    def pictures(self, samples_BHWC: np.ndarray) -> np.ndarray:
+        """Samples -> uint8 RGB (B, H', W', 3)."""
+        return self.preview(samples_BHWC)
+
+
+def _denoise(
+    model: Any,
+    process: Process,
+    params: Any,
+    inputs: dict[str, jax.Array],
+    key: jax.Array,
+    *,
+    guidance_scale: float,
+    guidance_channels: int | None,
+    guidance_rescale: float,
+    guidance_interval: tuple[float, float] | None,
+    sampler: str,
+    steps: int,
+) -> jax.Array:
+    """The one loop: each sample's noise from its own key, guidance around the model, the sampler around both."""
+    keys_B2 = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(inputs["index"])
+    shape = (model.image_size, model.image_size, model.channels)
+    x_T = diffusion.sample_noise(keys_B2[:, 0], shape)
+    denoise = diffusion.guide(
+        lambda x_BHWC, t_B, y_B: model.apply({"params": params}, x_BHWC, t_B, y_B),
+        inputs["label"],
+        model.null_label,
+        guidance_scale,
+        channels=guidance_channels,
+        rescale=guidance_rescale,
+        interval=guidance_interval,
+    )
+    return process.sample(denoise, x_T, keys_B2[:, 1], sampler, steps).astype(jnp.float32)
+
+
+def gather(x: jax.Array) -> np.ndarray:
+    """A global array as numpy, on every process."""
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def grid(pictures_BHWC: np.ndarray, columns: int | None = None, least: int = 64, gap: int = 2) -> Image.Image:
+    """Pictures side by side on white, near square unless `columns` is given; small ones enlarged to at least `least` pixels."""
+    B, H, W, _ = pictures_BHWC.shape
+    across = min(B, columns or math.ceil(math.sqrt(B)))
+    rows, zoom = math.ceil(B / across), max(1, math.ceil(least / max(H, W)))
+    sheet = Image.new("RGB", (across * (W * zoom + gap) + gap, rows * (H * zoom + gap) + gap), "white")
+    for i, picture in enumerate(pictures_BHWC):
+        row, column = divmod(i, across)
+        tile = Image.fromarray(picture).resize((W * zoom, H * zoom), Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + column * (W * zoom + gap), gap + row * (H * zoom + gap)))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
+    """Writes a PNG whole or not at all, `facts` in its text chunk `jdiff`."""
+    info = PngInfo()
+    info.add_text("jdiff", json.dumps(facts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(path.name + ".tmp")
+    image.save(partial_path, format="PNG", pnginfo=info)
+    partial_path.replace(path)

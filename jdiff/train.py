@@ -1,0 +1,405 @@
+"""Training: the state, one step as a free function, and the loop around it.
+
+The loop gives the device its next step before it reads the last one's metrics. What a step does depends on
+(config, step) alone: the batch's order and crops, the noise, the dropped labels, all are derived from the seed and the
+step's number, so a run that was stopped anywhere goes on as if it had not been.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jdiff import checkpoint, data, models, optim, sharding, tree
+from jdiff import config as configs
+from jdiff.diffusion.process import Process, make_process
+from jdiff.interrupt import Signals, Stopped
+from jdiff.logbook import Logbook
+from jdiff.meter import Meter, Window, peak_flops
+from jdiff.optim import Ema
+from jdiff.pipelines import ClassPipeline, grid, save_png
+
+log = logging.getLogger(__name__)
+LossFn = Callable[[Any, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
+"""(parameters, batch, keys_B) -> per-sample arrays (B,): `loss`, its parts, and `time`, the noise level in [0, 1]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """What training carries from step to step.
+
+    params: the trainable leaves; frozen: the others; merged they are the model's tree. ema_params: the average of params.
+    """
+
+    step: jax.Array
+    params: Any
+    frozen: Any
+    opt_state: Any
+    ema_params: Any
+
+    def items(self) -> dict[str, Any]:
+        """The state as a checkpoint keeps it: by item, since sampling reads only some."""
+        progress = {"step": self.step, "opt_state": self.opt_state}
+        return {"params": self.params, "frozen": self.frozen, "ema_params": self.ema_params, "progress": progress}
+
+    @classmethod
+    def from_items(cls, items: Mapping[str, Any]) -> "TrainState":
+        """Undoes `items`."""
+        return cls(
+            items["progress"]["step"],
+            items["params"],
+            items["frozen"],
+            items["progress"]["opt_state"],
+            items["ema_params"],
+        )
+
+
+def init_state(model: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """A fresh state: the model's initialisation, its frozen leaves apart, the average starting as a copy."""
+    full = model.init(key, *model.dummy_inputs())["params"]
+    trainable = tree.apply_rules(((model.frozen, False), (r".*", True)), full)
+    params, frozen = tree.partition(full, trainable)
+    return TrainState(jnp.zeros((), jnp.int32), params, frozen, tx.init(params), jax.tree.map(jnp.copy, params))
+
+
+def class_loss(model: Any, process: Process) -> LossFn:
+    """The loss of a class-conditional model on batches of `image` (uint8) or `latent`, and `label`."""
+
+    def loss(params: Any, batch: Mapping[str, jax.Array], keys_B: jax.Array) -> dict[str, jax.Array]:
+        x_0_BHWC = batch["latent"] if "latent" in batch else batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        keys_B2 = jax.vmap(jax.random.split)(keys_B)
+        y_B = batch["label"]
+        if model.null_label is not None:
+            drop_B = jax.vmap(jax.random.uniform)(keys_B2[:, 0]) < model.label_dropout
+            y_B = jnp.where(drop_B, model.null_label, y_B)
+        model_fn = lambda x_BHWC, t_B: model.apply({"params": params}, x_BHWC, t_B, y_B)  # noqa: E731
+        return process.losses(model_fn, x_0_BHWC, keys_B2[:, 1])
+
+    return loss
+
+
+def sample_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
+    """A key for each row of a global batch, from (seed, step, row) alone."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
+
+
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    *,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    ema: Ema,
+    seed: int,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update from a batch of global arrays (B, ...), in `accumulate` micro-batches.
+
+    When the loss or the gradient is not finite the step is refused: only the step's number moves on. Metrics: the mean of
+    each loss, `grad_norm`, `refused` (0 or 1), and sums and counts of the loss by quarter of the noise level.
+    """
+    rows = batch["label"].shape[0]
+    keys_B = sample_keys(seed, state.step, rows)
+
+    def total(params: Any, batch: Any, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        losses = loss_fn(tree.merge(params, state.frozen), batch, keys_B)
+        return losses["loss"].mean(), losses
+
+    gradient = jax.value_and_grad(total, has_aux=True)
+    if accumulate == 1:
+        (loss, losses), grads = gradient(state.params, batch, keys_B)
+    else:
+        # rows are dealt round, so that each device's rows of a micro-batch are rows it already holds
+        deal = lambda x: jnp.moveaxis(x.reshape(rows // accumulate, accumulate, *x.shape[1:]), 1, 0)  # noqa: E731
+
+        def body(total_grads: Any, micro: Any) -> tuple[Any, Any]:
+            (loss, losses), grads = gradient(state.params, *micro)
+            return jax.tree.map(jnp.add, total_grads, grads), (loss, losses)
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        grads, (loss_A, losses) = jax.lax.scan(body, zeros, jax.tree.map(deal, (dict(batch), keys_B)))
+        grads, loss = jax.tree.map(lambda g: g / accumulate, grads), loss_A.mean()
+        losses = jax.tree.map(lambda x: x.reshape(-1), losses)
+
+    norm = optax.global_norm(grads)
+    fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+    scale = optim.clip_scale(norm, clip_norm)
+    grads = jax.tree.map(lambda g: g * scale, grads) if clip_norm is not None else grads
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = ema.update(state.ema_params, params, state.step)
+    # element by element, so that it fuses with the update and costs no pass of its own
+    keep = partial(jax.tree.map, lambda new, old: jnp.where(fine, new, old))
+    new = TrainState(
+        state.step + 1,
+        keep(params, state.params),
+        state.frozen,
+        keep(opt_state, state.opt_state),
+        keep(ema_params, state.ema_params),
+    )
+    quarter_B4 = (jnp.clip(losses["time"] * 4, 0, 3).astype(jnp.int32)[:, None] == jnp.arange(4)).astype(jnp.float32)
+    metrics = {name: values_B.mean() for name, values_B in losses.items() if name != "time"}
+    metrics |= {
+        "loss": loss,
+        "grad_norm": norm,
+        "refused": 1.0 - fine,
+        "quarter_sums": losses["loss"] @ quarter_B4,
+        "quarter_counts": quarter_B4.sum(0),
+    }
+    return new, metrics
+
+
+def make_model(config: configs.Config, source: data.Source) -> Any:
+    """The config's model for pictures (or latents) of the source's shape and number of classes."""
+    overrides = {key: value for key, value in config.model.items() if key != "name" and value is not None}
+    height, _, channels = source.shape
+    return models.create(
+        config.model.name,
+        image_size=height,
+        channels=channels,
+        num_classes=source.num_classes,
+        dtype={"fp32": jnp.float32, "bf16": jnp.bfloat16}[config.precision],
+        **overrides,
+    )
+
+
+class Setup:
+    """What a config makes on this machine, all of it checked, nothing of it compiled yet.
+
+    Raises ValueError for a config or data set that cannot work.
+    """
+
+    def __init__(self, config: configs.Config):
+        self.config = config
+        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        configs.check(config, self.mesh.size)
+        self.source = data.open_source(config.data.name, path=config.data.path, image_size=config.data.image_size)
+        self.model = make_model(config, self.source)
+        self.process = make_process(config.diffusion, self.model.learn_sigma)
+        o = config.optim
+        self.lr = optim.make_schedule(o.schedule, o.lr, o.warmup_steps, config.total_steps)
+        self.tx = optim.make_optimizer(self.lr, o.weight_decay, o.b1, o.b2, o.eps)
+        self.init = partial(init_state, self.model, self.tx)
+        self.shapes = jax.eval_shape(self.init, jax.random.key(0))
+        self.placed = sharding.shardings(self.mesh, self.shapes)
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """The state's items as shapes with shardings, for a restore."""
+        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+        return jax.tree.map(place, self.shapes, self.placed).items()
+
+    def fresh_state(self) -> TrainState:
+        """A state initialised from the seed, straight onto the mesh."""
+        return jax.jit(self.init, out_shardings=self.placed)(jax.random.key(self.config.seed))
+
+    @cached_property
+    def step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+        """The jitted `train_step` of this config; the state that goes in is donated."""
+        step = partial(
+            train_step,
+            loss_fn=class_loss(self.model, self.process),
+            tx=self.tx,
+            ema=Ema(self.config.ema.decay, self.config.ema.warmup),
+            seed=self.config.seed,
+            accumulate=self.config.accumulate,
+            clip_norm=self.config.optim.clip_norm,
+        )
+        return jax.jit(
+            step,
+            in_shardings=(self.placed, sharding.batch_sharding(self.mesh)),
+            out_shardings=(self.placed, sharding.replicated(self.mesh)),
+            donate_argnums=0,
+        )
+
+    def batches(self, start_step: int, workdir: Path) -> Any:
+        """This process's rows of every global batch from `start_step` on."""
+        return data.batches(
+            self.source,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            flip=self.config.data.flip,
+            workers=self.config.data.workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            bad_log=workdir / "bad_images.jsonl",
+            max_bad_rate=self.config.data.max_bad_rate,
+        )
+
+    def pipeline(self) -> ClassPipeline:
+        """A sampler whose parameters are given call by call."""
+        preview = getattr(self.source, "preview", None)
+        names = self.source.class_names
+        return ClassPipeline(self.model, None, self.process, mesh=self.mesh, class_names=names, preview=preview)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint records of the run, beside its arrays."""
+        fields = ("image_size", "channels", "num_classes")
+        return {
+            "config": self.config.to_dict(),
+            "model": {"name": self.config.model.name, **{field: getattr(self.model, field) for field in fields}},
+            "class_names": list(self.source.class_names),
+            "data_fingerprint": self.source.fingerprint,
+        }
+
+    def describe(self) -> str:
+        """One line: model, size, precision, devices, data."""
+        shape, size = dict(self.mesh.shape), tree.count((self.shapes.params, self.shapes.frozen))
+        return (
+            f"{self.config.model.name}: {size:,} parameters, {self.config.precision}, {self.mesh.size} device(s) as {shape}, "
+            f"{len(self.source):,} records of {self.source.num_classes} classes from {self.source.name}"
+        )
+
+
+def compare_runs(setup: Setup, meta: Mapping[str, Any], workdir: Path) -> None:
+    """Raises where the workdir's checkpoint is of another model; says what else differs from it."""
+    now, then = setup.facts(), meta
+    if now["model"] != then["model"] or now["config"]["model"] != then["config"]["model"]:
+        new, old = ({**configs.flat(f["config"]["model"]), **f["model"]} for f in (now, then))
+        wrong = [f"{key} {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
+        raise checkpoint.CheckpointError(
+            f"{workdir} holds checkpoints of another model ({', '.join(wrong)}); "
+            "choose another --workdir, or the config it was made with"
+        )
+    old = configs.flat(then["config"])
+    for key, value in configs.flat(now["config"]).items():
+        if old.get(key) != value:
+            log.warning("config differs from the checkpoint's: %s was %s, is %s", key, old.get(key), value)
+    if now["data_fingerprint"] != then["data_fingerprint"]:
+        log.warning("the data differs from the checkpoint's (another listing): its order is not continued")
+
+
+def resume(setup: Setup, checkpoints: checkpoint.Checkpoints) -> tuple[TrainState, Window]:
+    """The workdir's newest whole state, or a fresh one: see the resume ladder in `checkpoint`."""
+
+    def target(meta: dict[str, Any]) -> dict[str, Any]:
+        compare_runs(setup, meta, checkpoints.workdir)
+        return setup.target
+
+    found = checkpoints.restore_newest(target)
+    if found is None:
+        return setup.fresh_state(), Window()
+    items, meta = found
+    log.info("resumed from step %d of %s", meta["step"], checkpoints.workdir)
+    return TrainState.from_items(items), Window(meta["window"])
+
+
+class Run:
+    """A run under way: the state, and what is done with it after a step."""
+
+    def __init__(self, setup: Setup, workdir: Path, state: TrainState, window: Window, book: Logbook, checkpoints: Any):
+        self.setup, self.workdir, self.state, self.window = setup, workdir, state, window
+        self.book, self.checkpoints = book, checkpoints
+        self.config, self.pipe = setup.config, setup.pipeline()
+        self.meter = Meter(setup.model, self.config.batch_size, peak_flops(list(setup.mesh.devices.flat)))
+        self.refused = 0
+        self.last_grid: Path | None = None
+
+    def read(self, step: int, metrics: Mapping[str, jax.Array], index: jax.Array, waited: float) -> None:
+        """A finished step's metrics: into the window, the bar and, at its cadence, the record."""
+        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        self.book.bar.update()
+        if values.pop("refused"):
+            self.refused += 1
+            records = np.concatenate(
+                [np.asarray(shard.data).reshape(-1) for shard in index.addressable_shards]
+            ).tolist()
+            log.warning("step %d refused: its loss or gradient is not finite; records %s", step, records)
+            if self.refused >= self.config.max_refused:
+                raise FloatingPointError(
+                    f"{self.refused} steps in a row had a non-finite loss or gradient, the last at step {step}: "
+                    "lower optim.lr, set optim.clip_norm, or look at the records named above"
+                )
+        else:
+            self.refused = 0
+            self.window.add(values)
+        if step % self.config.log_every == 0 or step == self.config.total_steps:
+            record = {**self.window.means(), "lr": float(np.asarray(self.setup.lr(step - 1)))}
+            self.book.write(step, record, self.meter.read(waited))
+
+    def save(self, step: int) -> None:
+        """Starts a checkpoint."""
+        self.checkpoints.save(step, self.state.items(), {**self.setup.facts(), "window": self.window.values})
+
+    def sample(self, step: int) -> None:
+        """A grid from the average, always of the same labels and noise."""
+        settings = self.config.sample
+        labels = [i % self.setup.model.num_classes for i in range(settings.count)]
+        samples = self.pipe(
+            labels,
+            steps=settings.steps,
+            guidance_scale=settings.guidance,
+            sampler=settings.sampler,
+            seed=self.config.seed,
+            params=tree.merge(self.state.ema_params, self.state.frozen),
+        )
+        self.last_grid = self.workdir / "samples" / f"step_{step:08d}.png"
+        if jax.process_index() == 0:
+            image = grid(self.pipe.pictures(samples))
+            save_png(
+                image, self.last_grid, {"step": step, "seed": self.config.seed, "labels": labels, **settings.to_dict()}
+            )
+            self.book.picture(step, "samples", image)
+
+
+def fit(config: configs.Config, workdir: Path) -> Path:
+    """Trains to config.total_steps in `workdir`, resuming from what is there; returns the last sample grid's path.
+
+    Raises ValueError for a config, data set or workdir that cannot work, `Stopped` when a signal ended the run after a
+    save, FloatingPointError after config.max_refused refused steps in a row.
+    """
+    setup = Setup(config)
+    main = jax.process_index() == 0
+    with Signals() as signals, checkpoint.Checkpoints(workdir, config.keep) as checkpoints:
+        state, window = resume(setup, checkpoints)
+        start = int(state.step)
+        log.info("%s", setup.describe())
+        log.info("workdir %s, steps %d to %d", workdir, start, config.total_steps)
+        book = Logbook(workdir, start, configs.flat(config.to_dict()), active=main)
+        with book, data.to_device(setup.batches(start, workdir), partial(sharding.put_batch, setup.mesh)) as batches:
+            run = Run(setup, workdir, state, window, book, checkpoints)
+            del state
+            pending: tuple[int, Mapping[str, jax.Array], jax.Array] | None = None
+            for step in range(start + 1, config.total_steps + 1):
+                batch = next(batches)
+                with run.meter.paused() if step == start + 1 else contextlib.nullcontext():  # it compiles
+                    run.state, metrics = setup.step(run.state, batch)
+                if pending is not None:
+                    run.read(*pending, batches.wait_seconds)
+                pending = (step, metrics, batch["index"])
+                run.meter.steps += 1
+                last, stop = step == config.total_steps, signals.caught
+                saving = last or stop is not None or step % config.checkpoint_every == 0
+                sampling = stop is None and (last or step % config.sample_every == 0)
+                if saving or sampling:
+                    run.read(*pending, batches.wait_seconds)
+                    pending = None
+                    with run.meter.paused():
+                        if saving:
+                            run.save(step)
+                        if sampling:
+                            run.sample(step)
+                if stop is not None:
+                    checkpoints.wait()
+                    raise Stopped(stop, step)
+            if run.last_grid is None:
+                run.sample(start)
+            assert run.last_grid is not None
+            grid_path = run.last_grid
+    if main:
+        from jdiff.report import write_report
+
+        log.info("report: %s", write_report(workdir, configs.flat(config.to_dict())))
+    return grid_path

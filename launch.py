@@ -1,0 +1,89 @@
+"""Trains what a config describes.
+
+    python launch.py --config configs/dit_s2.py [--workdir runs/a] [--config.KEY=VALUE ...]
+
+A run resumes from its workdir; without --workdir it gets the next numbered folder under runs/. Every key of the config can
+be overridden, as --config.optim.lr=2e-4; `--config FILE --help` lists them. The exit code is 0 when the run is complete,
+2 for a mistake in the arguments or the data, 143 (SIGTERM) or 130 (Ctrl-C) when it was stopped and saved.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from pathlib import Path
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
+    """`--config.a.b=c` or `--config.a.b c` -> {"a.b": "c"}; ValueError for anything else."""
+    overrides, rest = {}, list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--config."):
+            raise ValueError(f"unknown argument {argument!r}; config keys are given as --config.KEY=VALUE")
+        if not equals:
+            if not rest:
+                raise ValueError(f"{name} has no value")
+            value = rest.pop(0)
+        overrides[name.removeprefix("--config.")] = value
+    return overrides
+
+
+def next_workdir(name: str) -> Path:
+    """runs/NNN-name, one above the highest number there."""
+    taken = [int(m[1]) for p in Path("runs").glob("*") if (m := re.match(r"(\d+)-", p.name))]
+    return Path("runs") / f"{max(taken, default=0) + 1:03d}-{name}"
+
+
+def main() -> int:
+    """Parses, checks, trains; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
+    )
+    parser.add_argument("--config", metavar="FILE", help="an experiment, as configs/dit_s2.py")
+    parser.add_argument("--workdir", metavar="DIR", type=Path, help="where the run is kept, and resumed from")
+    parser.add_argument("-h", "--help", action="store_true", help="show this, and the keys of --config FILE")
+    options, rest = parser.parse_known_args()
+
+    from jdiff import config as configs
+
+    try:
+        if options.help:
+            parser.print_help()
+            for key, value in configs.flat(configs.load_file(options.config)).items() if options.config else ():
+                print(f"  --config.{key}={value}")
+            return 0
+        if options.config is None:
+            raise ValueError("--config FILE is missing, as --config configs/dit_s2.py")
+        config = configs.load_file(options.config)
+        for key, text in parse_overrides(rest).items():
+            configs.override(config, key, text)
+        configs.check(config)
+    except ValueError as error:
+        print(f"launch.py: {error}", file=sys.stderr)
+        return 2
+    workdir = options.workdir or next_workdir(Path(options.config).stem)
+
+    import jax
+
+    from jdiff import interrupt, runtime, train
+
+    runtime.prepare()
+    main_process = jax.process_index() == 0
+    logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s", force=True)
+    try:
+        path = train.fit(config, workdir)
+    except interrupt.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"launch.py: {error}", file=sys.stderr)
+        return 2
+    if main_process:
+        print(f"sample grid: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
