@@ -22,7 +22,7 @@ class ImageFolder:
     """
 
     name = "imagefolder"
-    kind: Literal["image"] = "image"
+    kind: Literal["image", "latent"] = "image"
 
     def __init__(self, path: str, image_size: int):
         self.root = Path(path)
@@ -30,9 +30,10 @@ class ImageFolder:
             raise DataError(f"data.path={path!r} does not exist")
         if not self.root.is_dir():
             raise DataError(f"data.path={path!r} is not a folder; imagefolder wants CLASS/picture.jpg below it")
-        self.shape = (image_size, image_size, 3)
+        self.shape: tuple[int, int, int] = (image_size, image_size, 3)
         folders = sorted(e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith("."))
-        names, labels, self.class_names = [], [], []
+        self.class_names: list[str] = []
+        names, labels = [], []
         with tqdm(desc=f"listing {path}", unit="file", leave=False, delay=1) as bar:
             for folder in folders:
                 found = sorted(_pictures(self.root / folder, folder, bar))

@@ -42,12 +42,12 @@ class Latents:
     """The cached latents as records of (h, w, C); see `jdiff.data.Source`."""
 
     name = "latents"
-    kind: Literal["latent"] = "latent"
+    kind: Literal["image", "latent"] = "latent"
 
     def __init__(self, path: str):
         self.root, meta = Path(path), read_meta(path)
         h, w, c = meta["shape"]
-        self.shape = (h, w, c)
+        self.shape: tuple[int, int, int] = (h, w, c)
         self.class_names, self.fingerprint = meta["class_names"], meta["fingerprint"]
         self._scale, self._counts = float(meta["scaling_factor"]), meta["shard_counts"]
         self._matrix = np.asarray(meta["preview"])

@@ -37,13 +37,13 @@ class OpenMoji:
     """The emoji as pictures of (image_size, image_size, 3) on white; see `jdiff.data.Source`."""
 
     name = "openmoji"
-    kind: Literal["image"] = "image"
+    kind: Literal["image", "latent"] = "image"
 
     def __init__(self, image_size: int):
         if not 4 <= image_size <= 2048:
             raise DataError(f"data.image_size={image_size} is out of range: openmoji is drawn at 4 to 2048 pixels")
-        self.shape = (image_size, image_size, 3)
-        self.class_names = list(CLASSES)
+        self.shape: tuple[int, int, int] = (image_size, image_size, 3)
+        self.class_names: list[str] = list(CLASSES)
         drawings = _drawings()
         self.labels = np.asarray([label for _, label, _ in drawings], np.int32)
         self.captions = [caption for _, _, caption in drawings]

@@ -40,12 +40,12 @@ class _Steps:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_order": None}
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if self._order is None:
             import grain
 
             self._order = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat(None)
-        start = (self.first + step) * self.batch_size + self.offset
+        start = (self.first + index) * self.batch_size + self.offset
         records, broken = [], []
         for position in range(start, start + self.rows):
             records.append(self._record(position, broken))
@@ -105,7 +105,7 @@ class batches:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain's workers read absl's flags, which jdiff does not use
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-        self._iterator = iter(dataset)
+        self._iterator, self._shared = iter(dataset), workers > 0
         self._broken = BrokenLog(len(source), bad_log, max_bad_rate)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -114,6 +114,10 @@ class batches:
     def __next__(self) -> Batch:
         step = next(self._iterator)
         self._broken.note(step["batch"]["index"], step["broken"])
+        if (
+            self._shared
+        ):  # a worker's arrays lie in shared memory, which must not outlive it in a device's zero-copy view
+            return {name: np.array(rows) for name, rows in step["batch"].items()}
         return step["batch"]
 
     def __enter__(self) -> "batches":

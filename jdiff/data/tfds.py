@@ -17,10 +17,11 @@ class Tfds:
     """
 
     name = "tfds"
-    kind: Literal["image"] = "image"
+    kind: Literal["image", "latent"] = "image"
 
     def __init__(self, path: str, image_size: int):
-        self.path, self.shape = path, (image_size, image_size, 3)
+        self.path = path
+        self.shape: tuple[int, int, int] = (image_size, image_size, 3)
         builder = self._open()
         info = builder.info
         if not {"image", "label"} <= set(info.features):
