@@ -27,10 +27,8 @@ def _batch(prediction_type="eps"):
 
 
 def _torch_loss(x_0, noise, out, prediction_type, snr_gamma=None):
-    """(loss, mse, vb, gradient of the mean loss) for a linear schedule, written with torch.distributions."""
+    """(loss, mse, vb, gradient of the mean loss) for a linear schedule."""
     torch = pytest.importorskip("torch")
-    from torch.distributions import Normal, kl_divergence
-
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     abar = torch.cumprod(1 - betas, 0)
     before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
@@ -52,7 +50,9 @@ def _torch_loss(x_0, noise, out, prediction_type, snr_gamma=None):
     posterior[0] = posterior[1]
     weight = (frac + 1) / 2
     std = (0.5 * (weight * column(betas.log()) + (1 - weight) * column(posterior.log()))).exp()
-    kl = kl_divergence(Normal(mean_of(x_0), column(posterior).sqrt()), Normal(mean_of(x_0_hat), std))
+    shift = (column(betas * before.sqrt() / (1 - abar)) * (x_0 - x_0_hat) / std).square()
+    ratio = weight * column(betas.log() - posterior.log())  # torch.distributions' KL cancels to rounding at high t
+    kl = (ratio + torch.expm1(-ratio) + shift) / 2
     cdf = lambda z: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))  # noqa: E731
     upper = torch.where(x_0 > 0.999, 1.0, cdf((x_0 + 1 / 255 - mean_of(x_0_hat)) / std))
     lower = torch.where(x_0 < -0.999, 0.0, cdf((x_0 - 1 / 255 - mean_of(x_0_hat)) / std))
@@ -97,7 +97,7 @@ def test_loss_and_gradient_equal_torch(prediction_type, snr_gamma, dtype, tolera
         got_gradient = np.asarray(got_gradient)
     assert got_gradient.dtype == losses["loss"].dtype == dtype
     np.testing.assert_allclose(losses["mse"], mse, rtol=tolerance)
-    np.testing.assert_allclose(losses["vb"], vb, rtol=tolerance)
+    np.testing.assert_allclose(losses["vb"], vb, rtol=tolerance, atol=1e-5 * tolerance)  # it spans 11 decades
     np.testing.assert_allclose(losses["loss"], loss, rtol=tolerance)
     scale = np.abs(gradient).reshape(len(T), -1).max(1).reshape(-1, 1, 1, 1)  # relative, sample by sample
     np.testing.assert_allclose(got_gradient / scale, gradient / scale, atol=tolerance)
