@@ -6,8 +6,9 @@ config, jdiff's version and git revision, each array's dtype and shape, and each
 The resume ladder, in this one place:
 1. the newest checkpoint in the workdir, if its arrays are those of the model at hand (else: an error that lists the
    differences; nothing is cast, zero-filled or left out) and every checksum agrees;
-2. when it is damaged: said aloud, moved to WORKDIR/damaged, and the next older one is tried;
-3. when there are checkpoints and none is whole: an error, since starting anew would overwrite the evidence;
+2. when it is damaged: said aloud, and the next older one is tried; once one is whole, the damaged ones are moved to
+   WORKDIR/damaged, out of the way of the steps to come;
+3. when there are checkpoints and none is whole: an error, and nothing is moved, since starting anew would hide the loss;
 4. when there are none: a fresh start.
 """
 
@@ -56,8 +57,7 @@ def git_revision() -> str | None:
 
 @jax.jit
 def _all_finite(items: Any) -> jax.Array:
-    floats = [x for x in jax.tree.leaves(items) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)]
-    return jax.numpy.all(jax.numpy.stack([jax.numpy.isfinite(x).all() for x in floats]))
+    return jax.numpy.all(jax.numpy.stack([jax.numpy.isfinite(x).all() for x in jax.tree.leaves(items)]))
 
 
 def steps(workdir: Path) -> list[int]:
@@ -148,13 +148,21 @@ T = TypeVar("T")
 
 
 def newest_whole(there: list[int], read: Callable[[int], T], damaged: Callable[[int], None] = lambda step: None) -> T:
-    """`read(step)` for the newest step whose read is not `Damaged`; each damaged one is said aloud and given to `damaged`."""
+    """`read(step)` for the newest step whose read is not `Damaged`; each damaged one is said aloud.
+
+    `damaged` is called with each of those once a whole one is found: where none is, the reader may be at fault.
+    """
+    broken = []
     for step in reversed(there):
         try:
-            return read(step)
+            found = read(step)
         except Damaged as error:
             log.warning("%s; trying the one before", error)
-            damaged(step)
+            broken.append(step)
+            continue
+        for newer in broken:
+            damaged(newer)
+        return found
     raise CheckpointError(f"none of the checkpoints of steps {there} is whole; start in another --workdir")
 
 
@@ -202,11 +210,10 @@ def restore(workdir: Path, step: int, target: Items, meta: dict[str, Any]) -> It
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
             args = {name: ocp.args.StandardRestore(item) for name, item in full.items()}
             restored = checkpointer.restore(folder.resolve(), args=ocp.args.Composite(**args))
-        items = {name: restored[name] if name in full else item for name, item in target.items()}
-        sums = tree.checksums(items)
     except Exception as error:
         raise Damaged(f"checkpoint {folder} is damaged: {_line(error)}") from error
-    for path, value in sums.items():
+    items = {name: restored[name] if name in full else item for name, item in target.items()}
+    for path, value in tree.checksums(items).items():
         if value != meta["checksums"][path]:
             raise Damaged(f"checkpoint {folder} is damaged: the checksum of {path} does not agree")
     return items

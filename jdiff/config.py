@@ -1,6 +1,8 @@
 """What an experiment consists of: every key with its default, and the checks made before anything is compiled."""
 
+import math
 import runpy
+import traceback
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,8 +16,11 @@ Config: TypeAlias = Any
 
 
 def default() -> Config:
-    """All keys. A config file starts from this and changes what it needs; a None has the type given in `placeholder`."""
-    return ConfigDict(
+    """All keys. A config file starts from this and changes what it needs; a None has the type given in `placeholder`.
+
+    Locked: setting a key that is not here is an error.
+    """
+    config = ConfigDict(
         {
             "seed": 0,
             "total_steps": 400_000,
@@ -79,6 +84,7 @@ def default() -> Config:
             "log": {"tensorboard": True, "wandb": "off"},  # wandb: off | online | offline
         }
     )
+    return config.lock()
 
 
 CHOICES = {
@@ -95,8 +101,11 @@ CHOICES = {
 SAMPLERS = {"gaussian": ("ddpm", "ddim"), "flow": ("euler", "heun")}
 POSITIVE = (
     *("total_steps", "batch_size", "accumulate", "log_every", "sample_every", "checkpoint_every", "keep"),
-    *("max_refused", "data.image_size", "optim.lr", "sample.steps", "sample.count"),
+    *("max_refused", "data.image_size", "optim.lr", "optim.eps", "optim.clip_norm", "sample.steps", "sample.count"),
+    *("diffusion.snr_gamma", *(f"model.{field}" for field in ("patch_size", "width", "depth", "heads", "mlp_ratio"))),
 )
+"""Keys whose value, where one is set, is above 0."""
+NOT_NEGATIVE = ("seed", "data.workers", "optim.warmup_steps", "optim.weight_decay")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -125,15 +134,27 @@ def check(config: Config, devices: int = 1) -> None:
     for key, allowed in choices.items():
         if values[key] not in allowed:
             raise ValueError(f"{key}={values[key]!r} is not one of {list(allowed)}{nearest(str(values[key]), allowed)}")
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value} is not a finite number")
     for key in POSITIVE:
-        if not values[key] > 0:
+        if values[key] is not None and not values[key] > 0:
             raise ValueError(f"{key}={values[key]} must be above 0")
+    for key in NOT_NEGATIVE:
+        if values[key] < 0:
+            raise ValueError(f"{key}={values[key]} must not be below 0")
     for key in ("ema.decay", "data.max_bad_rate", "model.label_dropout"):
         if values[key] is not None and not 0 <= values[key] <= 1:
             raise ValueError(f"{key}={values[key]} must lie between 0 and 1")
-    for key in ("data.workers", "optim.warmup_steps", "optim.weight_decay"):
-        if values[key] < 0:
-            raise ValueError(f"{key}={values[key]} must not be below 0")
+    for key in ("optim.b1", "optim.b2"):
+        if not 0 <= values[key] < 1:
+            raise ValueError(f"{key}={values[key]} must be at least 0 and below 1")
+    if values["diffusion.zero_terminal_snr"] and values["diffusion.prediction_type"] == "eps":
+        raise ValueError(
+            "diffusion.prediction_type='eps' is undefined with diffusion.zero_terminal_snr; use 'v' or 'x0'"
+        )
+    if values["diffusion.kind"] == "gaussian" and values["sample.steps"] > 1000:
+        raise ValueError(f"sample.steps={values['sample.steps']} is more than the schedule's 1000")
     if values["data.name"] in ("imagefolder", "tfds", "latents") and not values["data.path"]:
         raise ValueError(f"data.path is missing, and data.name={values['data.name']!r} needs it: --config.data.path=…")
     check_batch(config.batch_size, config.accumulate, devices)
@@ -156,10 +177,18 @@ def load_file(path: str) -> Config:
     if not file.is_file():
         there = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise ValueError(f"--config={path}: no such file{nearest(path, there)}")
-    module = runpy.run_path(str(file), run_name="jdiff_config")
-    if "get_config" not in module:
-        raise ValueError(f"--config={path}: the file has no function get_config()")
-    return module["get_config"]()
+    try:
+        module = runpy.run_path(str(file), run_name="jdiff_config")
+        config = module["get_config"]() if "get_config" in module else None
+    except Exception as error:  # the file is the user's own code
+        lines = [
+            f":{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
+        ]
+        text = " ".join(str(error).split())
+        raise ValueError(f"--config={path}{lines[-1] if lines else ''}: {type(error).__name__}: {text}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"--config={path}: the file has no function get_config() that returns a config")
+    return config
 
 
 def override(config: Config, key: str, text: str) -> None:

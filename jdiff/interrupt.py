@@ -1,5 +1,6 @@
 """Ending a run on request: a signal is noted, the step under way is finished and saved, then the run ends."""
 
+import contextlib
 import logging
 import signal
 from typing import Any
@@ -34,4 +35,5 @@ class Signals:
         if self.caught == signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = signum
-        log.warning("%s: saving a checkpoint after this step, then ending", signal.Signals(signum).name)
+        with contextlib.suppress(RuntimeError):  # the signal may have come in the middle of another line's writing
+            log.warning("%s: saving a checkpoint after this step, then ending", signal.Signals(signum).name)

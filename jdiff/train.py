@@ -133,7 +133,7 @@ def train_step(
         grads, loss = jax.tree.map(lambda g: g / accumulate, grads), loss_A.mean()
         losses = jax.tree.map(lambda x: x.reshape(-1), losses)
 
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     fine = jnp.isfinite(loss) & jnp.isfinite(norm)
     scale = optim.clip_scale(norm, clip_norm)
     grads = jax.tree.map(lambda g: g * scale, grads) if clip_norm is not None else grads
@@ -163,7 +163,6 @@ def train_step(
 
 def make_model(config: configs.Config, source: data.Source) -> Any:
     """The config's model for pictures (or latents) of the source's shape and number of classes."""
-    overrides = {key: value for key, value in config.model.items() if key != "name" and value is not None}
     height, _, channels = source.shape
     return models.create(
         config.model.name,
@@ -171,8 +170,13 @@ def make_model(config: configs.Config, source: data.Source) -> Any:
         channels=channels,
         num_classes=source.num_classes,
         dtype={"fp32": jnp.float32, "bf16": jnp.bfloat16}[config.precision],
-        **overrides,
+        **overrides(config),
     )
+
+
+def overrides(config: configs.Config) -> dict[str, Any]:
+    """The model's fields that the config sets."""
+    return {key: value for key, value in config.model.items() if key != "name" and value is not None}
 
 
 class Setup:
@@ -185,6 +189,13 @@ class Setup:
         self.config = config
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
         configs.check(config, self.mesh.size)
+        # before a long listing: all that can be said of the model without the pictures' size, for which 0 stands
+        named = models.create(config.model.name, image_size=0, **overrides(config))
+        if config.sample.guidance != 1 and named.null_label is None:
+            raise ValueError(
+                f"sample.guidance={config.sample.guidance} needs an unconditional label, and model.label_dropout=0 has none: "
+                "use --config.sample.guidance=1"
+            )
         self.source = data.open_source(config.data.name, path=config.data.path, image_size=config.data.image_size)
         self.model = make_model(config, self.source)
         self.process = make_process(config.diffusion, self.model.learn_sigma)
@@ -267,8 +278,10 @@ class Setup:
 def compare_runs(setup: Setup, meta: Mapping[str, Any], workdir: Path) -> None:
     """Raises where the workdir's checkpoint is of another model; says what else differs from it."""
     now, then = setup.facts(), meta
-    if now["model"] != then["model"] or now["config"]["model"] != then["config"]["model"]:
-        new, old = ({**configs.flat(f["config"]["model"]), **f["model"]} for f in (now, then))
+    same = ("remat", "scan_layers")  # how a model is run, not what it is
+    known = ({**configs.flat(f["config"]["model"]), **f["model"]} for f in (now, then))
+    new, old = ({key: value for key, value in facts.items() if key not in same} for facts in known)
+    if new != old:
         wrong = [f"{key} {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
         raise checkpoint.CheckpointError(
             f"{workdir} holds checkpoints of another model ({', '.join(wrong)}); "

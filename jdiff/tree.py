@@ -91,9 +91,16 @@ def describe(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
+def _mix(x: jax.Array) -> jax.Array:
+    """MurmurHash3's finalizer: a bijection of 32-bit words in which every bit reaches every other."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    """Two 32-bit sums of each array's words, weighted by odd functions of their position: (leaves, 2) uint32."""
+    """Two 32-bit sums of each array's words, each word mixed with its position first: (leaves, 2) uint32."""
 
     def sums(leaf: jax.Array) -> jax.Array:
         if leaf.dtype == bool:
@@ -106,9 +113,8 @@ def _checksums(leaves: list[jax.Array]) -> jax.Array:
         place = jnp.zeros(words.shape, jnp.uint32)
         for axis, size in enumerate(words.shape):
             place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        mixed = (place ^ (place >> 15)) * jnp.uint32(0x2C1B3C6D)
-        odd = [(2 * place + 1), (mixed ^ (mixed >> 12)) | 1]
-        return jnp.stack([jnp.sum(words * weight, dtype=jnp.uint32) for weight in odd])
+        mixed = [_mix(words ^ _mix(place + jnp.uint32(start))) for start in (0x9E3779B9, 0x7F4A7C15)]
+        return jnp.stack([jnp.sum(m, dtype=jnp.uint32) for m in mixed])
 
     return jnp.stack([sums(leaf) for leaf in leaves])
 
@@ -116,8 +122,8 @@ def _checksums(leaves: list[jax.Array]) -> jax.Array:
 def checksums(tree: Tree) -> dict[str, str]:
     """A 64-bit checksum of every array, by path, computed where the arrays lie.
 
-    The value depends on the numbers alone, not on sharding, and any single flipped bit changes it: each word enters both
-    sums with an odd factor. It guards against damage, not against forgery.
+    The value depends on the numbers alone, not on sharding, and any change within one word changes it, since words are
+    mixed by a bijection before they are added up. It guards against damage, not against forgery.
     """
     arrays = flatten(tree)
     if not arrays:

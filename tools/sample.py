@@ -84,8 +84,10 @@ def sample(options: argparse.Namespace) -> int:
     runtime.prepare()
     pipe = jdiff.pipeline(options.run, weights=options.weights, step=options.step)
     classes = pipe.model.num_classes
-    chosen = parse_labels(options.labels, pipe.class_names, classes) if options.labels else list(range(classes))
-    count = options.num or (len(chosen) if options.labels else min(classes, 16))
+    chosen = (
+        parse_labels(options.labels, pipe.class_names, classes) if options.labels is not None else list(range(classes))
+    )
+    count = options.num or (len(chosen) if options.labels is not None else min(classes, 16))
     labels = [chosen[i % len(chosen)] for i in range(count)]
     batch = min(options.batch_size, count)
     out = options.out or (None if options.npz or options.png_dir else Path("grid.png"))

@@ -1,0 +1,90 @@
+"""What the tests share: eight virtual devices, commands run as a user runs them, tiny models and pictures."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+QUICK = "--xla_backend_optimization_level=0"  # compiles in a third of the time; the tests' models are small
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", f"{QUICK} --xla_force_host_platform_device_count=8")
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    *("--config.model.depth=2", "--config.model.width=32", "--config.model.heads=2", "--config.data.image_size=8"),
+    *("--config.batch_size=8", "--config.sample.steps=2", "--config.sample.count=4", "--config.log.tensorboard=false"),
+)
+"""Overrides that make any DiT config a model of a second."""
+
+
+@dataclasses.dataclass
+class Commands:
+    """Runs the project's scripts as processes of their own, with one compilation cache between them."""
+
+    cache: Path
+    tiny: tuple[str, ...] = TINY
+
+    def environment(self, devices: int) -> dict[str, str]:
+        """The environment of a command that sees `devices` CPU devices."""
+        return {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(self.cache / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def start(self, script: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen[str]:
+        """Starts `script` (a path below the repository, or `-c`) in a process group of its own."""
+        command = [sys.executable, script if script == "-c" else str(ROOT / script), *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=cwd, env=self.environment(devices), start_new_session=True, **pipes)
+
+    def run(self, script: str, *arguments: object, devices: int = 1, cwd: Path = ROOT, timeout: float = 120):
+        """Runs `script` to its end; its whole process group is killed at `timeout`."""
+        process = self.start(script, *arguments, devices=devices, cwd=cwd)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"{script} {arguments} did not end: {process.communicate()}") from None
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory) -> Commands:
+    """The project's scripts as processes."""
+    return Commands(tmp_path_factory.mktemp("cache"))
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 60) -> None:
+    """Polls `condition` while `process` runs; AssertionError when the process ends or the time does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended too early: {process.communicate()}"
+        assert time.monotonic() < end, "the condition never came true"
+        time.sleep(0.002)
+
+
+def make_pictures(folder: Path, classes: Sequence[str] = ("ant", "bee"), each: int = 12) -> Path:
+    """Class folders of random pictures, a little larger than the model's and not square."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """24 pictures of 2 classes."""
+    return make_pictures(tmp_path_factory.mktemp("data") / "pictures")
