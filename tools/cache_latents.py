@@ -34,14 +34,16 @@ def load_encoder(path: Path) -> tuple[Encoder, float, str]:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ValueError("encoding needs torch and diffusers for now: pip install 'jax-jdiff[test]'") from error
-    vae = AutoencoderKL.from_pretrained(str(path)).eval().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(str(path), low_cpu_mem_usage=False).eval().requires_grad_(False)
 
     def encode(images_BHWC: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(images_BHWC.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0)
         moments = vae.encode(x).latent_dist.parameters
         return moments.numpy().transpose(0, 2, 3, 1)
 
-    digest = hashlib.sha256()
+    if vae.config.get("shift_factor"):
+        raise ValueError(f"--vae {path} shifts its latents, which no model of jdiff's does")
+    digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")):
         digest.update(file.read_bytes())
     return encode, float(vae.config["scaling_factor"]), digest.hexdigest()[:16]
@@ -80,8 +82,10 @@ def cache(src: str, dest: Path, vae: Path, image_size: int, batch_size: int, sha
     job_file = dest / "job.json"
     if job_file.exists() and json.loads(job_file.read_text()) != job:
         raise ValueError(f"{dest} holds another cache ({job_file} differs from this command's): choose another folder")
+    if not job_file.exists() and any(dest.iterdir()):
+        raise ValueError(f"{dest} holds other files: choose another folder")
     write_whole(job_file, lambda path: path.write_text(json.dumps(job)))
-    shape: tuple[int, ...] = ()
+    _, h, w, c2 = encode(np.zeros((1, *source.shape), np.uint8)).shape
     counts, labels, pairs, broken = [], [], [], 0
     rng = np.random.default_rng(0)
     with tqdm(total=len(source), unit="image", desc="encoding") as bar:
@@ -106,7 +110,7 @@ def cache(src: str, dest: Path, vae: Path, image_size: int, batch_size: int, sha
                         encoded = encode(both.reshape(-1, *both.shape[2:]))
                         moments.append(encoded.reshape(len(images), 2, *encoded.shape[1:]).astype(dtype))
                     bar.update(min(batch_size, len(indices) - start))
-                stacked = np.concatenate(moments) if moments else np.zeros((0, 2, *shape[:2], 2 * shape[2]), dtype)
+                stacked = np.concatenate(moments) if moments else np.zeros((0, 2, h, w, c2), dtype)
                 if not np.isfinite(stacked).all():
                     raise ValueError(f"latents of shard {shard} are not finite in {dtype}: use --dtype float32")
                 write_whole(path, lambda p, a=stacked: _save(p, a))
@@ -114,20 +118,17 @@ def cache(src: str, dest: Path, vae: Path, image_size: int, batch_size: int, sha
             else:
                 bar.update(len(indices))
             stored = np.load(path, mmap_mode="r")
-            shape = (stored.shape[2], stored.shape[3], stored.shape[4] // 2)
             counts.append(len(stored))
             labels.append(np.load(label_path))
             if len(pairs) < 16 and len(stored):
-                pairs.append(
-                    _preview_pair(source, indices, np.asarray(stored[:64, 0], np.float32), labels[-1][:64], scale, rng)
-                )
+                pairs.append(_preview_pair(source, indices, np.asarray(stored[:64, 0], np.float32), scale, rng))
     everything = np.concatenate(labels)
     if not len(everything):
         raise ValueError(f"{src}: not one picture could be read")
     write_whole(dest / "labels.npy", lambda path: _save(path, everything))
     meta = {
         "format": latents.FORMAT,
-        "shape": shape,
+        "shape": (h, w, c2 // 2),
         "scaling_factor": scale,
         "class_names": list(source.class_names),
         "shard_counts": counts,
@@ -138,10 +139,10 @@ def cache(src: str, dest: Path, vae: Path, image_size: int, batch_size: int, sha
         "preview": fit_preview(pairs).tolist(),
     }
     write_whole(dest / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
-    print(f"{len(everything):,} pictures, {broken} skipped, latents {shape}: {dest}")
+    print(f"{len(everything):,} pictures, {broken} skipped, latents {h} x {w} x {c2 // 2}: {dest}")
 
 
-def _preview_pair(source, indices, moments, labels, scale, rng):
+def _preview_pair(source, indices, moments, scale, rng):
     """Scaled latents of a shard's first pictures, and those pictures shrunk to the latents' resolution."""
     from PIL import Image
 

@@ -31,19 +31,22 @@ class ImageFolder:
         if not self.root.is_dir():
             raise DataError(f"data.path={path!r} is not a folder; imagefolder wants CLASS/picture.jpg below it")
         self.shape: tuple[int, int, int] = (image_size, image_size, 3)
-        folders = sorted(e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith("."))
         self.class_names: list[str] = []
         names, labels = [], []
-        with tqdm(desc=f"listing {path}", unit="file", leave=False, delay=1) as bar:
-            for folder in folders:
-                found = sorted(_pictures(self.root / folder, folder, bar))
-                if found:
-                    labels += [len(self.class_names)] * len(found)
-                    self.class_names.append(folder)
-                    names += found
-            if not names:
-                names = sorted(_pictures(self.root, "", bar))
-                labels, self.class_names = [0] * len(names), [self.root.resolve().name]
+        try:
+            folders = sorted(e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith("."))
+            with tqdm(desc=f"listing {path}", unit="file", leave=False, delay=1) as bar:
+                for folder in folders:
+                    found = sorted(_pictures(self.root / folder, folder, bar))
+                    if found:
+                        labels += [len(self.class_names)] * len(found)
+                        self.class_names.append(folder)
+                        names += found
+                if not names:
+                    names = sorted(_pictures(self.root, "", bar))
+                    labels, self.class_names = [0] * len(names), [self.root.resolve().name]
+        except OSError as error:
+            raise DataError(f"data.path={path!r} cannot be listed: {error}") from error
         if not names:
             raise DataError(
                 f"data.path={path!r} holds no pictures ({', '.join(EXTENSIONS)}), neither in class folders nor itself"
@@ -84,13 +87,19 @@ def _pictures(folder: Path, prefix: str, bar: Any) -> list[str]:
     found, pending = [], [(str(folder), prefix)]
     while pending:
         where, below = pending.pop()
-        for entry in os.scandir(where):
-            name = f"{below}/{entry.name}" if below else entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                pending.append((entry.path, name))
-            elif entry.name.lower().endswith(EXTENSIONS):
-                found.append(name)
-                bar.update()
+        with os.scandir(where) as entries:
+            for entry in entries:
+                name = f"{below}/{entry.name}" if below else entry.name
+                if entry.name.startswith(".") or (entry.is_symlink() and _leads_up(entry.path)):
+                    continue
+                if entry.is_dir():
+                    pending.append((entry.path, name))
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    found.append(name)
+                    bar.update()
     return found
+
+
+def _leads_up(link: str) -> bool:
+    """Whether a link is to a folder that it lies in, so that following it would never end."""
+    return os.path.realpath(link) in map(str, Path(os.path.realpath(os.path.dirname(link)), "x").parents)

@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 178_956_970
 """Pictures whose header claims more are refused before they are decoded (PIL's own limit for decompression bombs)."""
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # else PIL warns, at every reading, of half as many
 
 
 def decode(file: str | BinaryIO | bytes, size: int) -> np.ndarray:
@@ -43,6 +44,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too slim to enlarge to a side of {size}")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

@@ -21,14 +21,15 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "meta.json"
     try:
         meta = json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"data.path={str(path)!r} is no finished cache of latents: {file} is missing; run tools/cache_latents.py"
         ) from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{file} is broken ({error}); make the cache anew with tools/cache_latents.py") from error
-    if meta.get("format") != FORMAT:
-        raise DataError(f"{file} has format {meta.get('format')}, this jdiff reads {FORMAT}; make the cache anew")
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise DataError(f"{file} has format {found}, this jdiff reads {FORMAT}; make the cache anew")
     return meta
 
 
@@ -52,8 +53,13 @@ class Latents:
         self._scale, self._counts = float(meta["scaling_factor"]), meta["shard_counts"]
         self._matrix = np.asarray(meta["preview"])
         self._starts = np.cumsum([0, *self._counts])
-        self.labels = np.load(self.root / "labels.npy")
         self._shards: list[np.ndarray] | None = None
+        try:
+            self.labels = np.load(self.root / "labels.npy")
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"data.path={path!r}: labels.npy cannot be read ({error}); make the cache anew") from error
+        if self.labels.shape != (self._starts[-1],):
+            raise DataError(f"data.path={path!r}: labels.npy is not of {self._starts[-1]} labels; make the cache anew")
         for i, shard in enumerate(self._open()):
             if shard.shape != (self._counts[i], 2, h, w, 2 * c):
                 raise DataError(f"{shard_path(self.root, i)} has the shape {shard.shape}: make the cache anew")
@@ -62,7 +68,7 @@ class Latents:
         if self._shards is None:
             try:
                 self._shards = [np.load(shard_path(self.root, i), mmap_mode="r") for i in range(len(self._counts))]
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise DataError(
                     f"data.path={str(self.root)!r}: a shard cannot be read ({error}); make the cache anew"
                 ) from error

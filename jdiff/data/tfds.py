@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,12 +23,7 @@ class Tfds:
     def __init__(self, path: str, image_size: int):
         self.path = path
         self.shape: tuple[int, int, int] = (image_size, image_size, 3)
-        builder = self._open()
-        info = builder.info
-        if not {"image", "label"} <= set(info.features):
-            raise DataError(
-                f"data.path={path!r} has the features {sorted(info.features)}; jdiff reads `image` and `label`"
-            )
+        info = self._open()
         label = info.features["label"]
         self.class_names = list(getattr(label, "names", None) or map(str, range(label.num_classes)))
         self._length = info.splits["train"].num_examples
@@ -35,27 +31,31 @@ class Tfds:
         self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def _open(self) -> Any:
+        """Opens the records; returns the set's DatasetInfo."""
         try:
             tfds = importlib.import_module("tensorflow_datasets")
         except ImportError as error:
             raise DataError("data.name='tfds' needs tensorflow-datasets: pip install 'jax-jdiff[tfds]'") from error
+        if self.path.startswith(("/", ".", "~")) and not Path(self.path).is_dir():
+            raise DataError(f"data.path={self.path!r} is no folder")
         try:
-            from_folder = "/" in self.path
-            builder = (
-                tfds.builder_from_directory(self.path)
-                if from_folder
-                else tfds.builder(self.path, file_format="array_record")
-            )
-            if not from_folder:
+            if Path(self.path).is_dir():
+                builder = tfds.builder_from_directory(self.path)
+            else:
+                builder = tfds.builder(self.path, file_format="array_record")
                 builder.download_and_prepare()
+            info = builder.info
+            if not {"image", "label"} <= set(info.features) or not hasattr(info.features["label"], "num_classes"):
+                raise DataError(f"it has the features {sorted(info.features)}; jdiff reads `image` and a class `label`")
+            if "train" not in info.splits:
+                raise DataError(f"it has the splits {sorted(info.splits)}; jdiff reads `train`")
             decoders = {"image": tfds.decode.SkipDecoding()}
             self._records = builder.as_data_source(split="train", decoders=decoders)
         except Exception as error:  # tfds raises many kinds; each means that the set cannot be read here
-            reason = " ".join(str(error).split())[:300]
-            raise DataError(
-                f"data.path={self.path!r} cannot be read through tfds: {type(error).__name__}: {reason}"
-            ) from error
-        return builder
+            reason = " ".join(str(error).split()).partition(" Available datasets:")[0][:300]
+            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+            raise DataError(f"data.path={self.path!r} cannot be read through tfds: {kind}{reason}") from error
+        return info
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_records": None}
@@ -74,8 +74,8 @@ class Tfds:
 
     def read(self, index: int, flip: bool, rng: np.random.Generator) -> dict[str, Any]:
         """See `Source.read`."""
-        record = self._records[index]
         try:
+            record = self._records[index]
             image = decode(bytes(record["image"]), self.shape[0])
         except Exception as error:
             raise BrokenRecord(

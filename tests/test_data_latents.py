@@ -1,0 +1,186 @@
+"""A cache of latents holds what the VAE says of each picture and its mirror image, whenever it was stopped."""
+
+import json
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from conftest import make_pictures, wait_until
+
+from jdiff import data
+
+SIZE, C = 32, 4
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A random AutoencoderKL of two levels, as diffusers saves it."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=C,
+        norm_num_groups=4,
+        sample_size=SIZE,
+    )
+    path = tmp_path_factory.mktemp("vae") / "vae"
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """24 pictures of two classes, one of them broken."""
+    folder = make_pictures(tmp_path_factory.mktemp("pictures") / "src")
+    (folder / "ant" / "00broken.png").write_bytes(b"")
+    return folder
+
+
+def arguments(src, dest, vae, shard=7):
+    sizes = ("--image-size", SIZE, "--batch-size", 3, "--shard-size", shard, "--dtype", "float32")
+    return ("tools/cache_latents.py", src, dest, "--vae", vae, *sizes)
+
+
+@pytest.fixture(scope="module")
+def cache(commands, pictures, vae, tmp_path_factory):
+    """The pictures' cache, made by the command."""
+    dest = tmp_path_factory.mktemp("latents") / "cache"
+    done = commands.run(*arguments(pictures, dest, vae))
+    assert done.returncode == 0, done.stderr
+    assert "1 skipped" in done.stdout and "00broken.png" in done.stderr
+    return dest
+
+
+def moments(vae, images_BHWC):
+    """diffusers' own mean and standard deviation, (B, h, w, C) each."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL.from_pretrained(str(vae)).eval()
+    with torch.no_grad():
+        x = torch.from_numpy(images_BHWC.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+        posterior = model.encode(x).latent_dist
+    return [a.permute(0, 2, 3, 1).numpy() for a in (posterior.mean, posterior.std)]
+
+
+def test_records_are_samples_of_the_posterior_of_either_flip(cache, pictures, vae):
+    source = data.open_source("latents", path=str(cache))
+    raw = data.open_source("imagefolder", path=str(pictures), image_size=SIZE)
+    good = [i for i in range(len(raw)) if not raw.file(i).stem.endswith("broken")]
+    assert (len(source), source.kind, source.shape) == (24, "latent", (SIZE // 2, SIZE // 2, C))
+    assert (source.class_names, source.num_classes) == (["ant", "bee"], 2)
+    for flip in (False, True):
+        records = [raw.read(i, flip, np.random.default_rng(0)) for i in good]
+        mean, std = moments(vae, np.stack([r["image"] for r in records]))
+        draws = np.stack(
+            [[source.read(i, flip, np.random.default_rng([i, k]))["latent"] for k in range(40)] for i in range(24)], 1
+        )
+        assert draws.dtype == np.float32
+        score = (draws / 0.18215 - mean) / std
+        assert abs(score.mean()) < 5e-3 and abs(score.std() - 1) < 5e-3
+        assert np.abs(score.mean(0)).max() < 6 / np.sqrt(40)
+        assert [source.read(i, flip, np.random.default_rng(0))["label"] for i in range(24)] == [
+            r["label"] for r in records
+        ]
+
+
+def test_batches_of_latents_depend_on_seed_and_step_alone(cache):
+    source = data.open_source("latents", path=str(cache))
+
+    def take(start, steps, workers=0):
+        with data.batches(source, batch_size=8, seed=1, start_step=start, workers=workers) as reader:
+            return [next(reader) for _ in range(steps)]
+
+    whole = take(0, 9)
+    assert whole[0]["latent"].dtype == np.float32 and whole[0]["latent"].shape == (8, *source.shape)
+    for workers, start in ((0, 5), (2, 4)):
+        for a, b in zip(take(start, 9 - start, workers), whole[start:], strict=True):
+            assert all(np.array_equal(a[k], b[k]) for k in b)
+    seen = {}
+    for batch in whole:
+        for index, latent in zip(batch["index"], batch["latent"], strict=True):
+            seen.setdefault(int(index), []).append(latent)
+    assert all(not np.array_equal(a[0], a[1]) for a in seen.values()), "each epoch draws anew"
+
+
+def test_the_preview_is_nearer_the_pictures_than_one_colour(cache, pictures, vae):
+    """A least-squares fit with a constant cannot be worse than the constant alone, on what it was fitted to."""
+    source = data.open_source("latents", path=str(cache))
+    raw = data.open_source("imagefolder", path=str(pictures), image_size=SIZE)
+    good = [i for i in range(len(raw)) if not raw.file(i).stem.endswith("broken")]
+    shown_whole = np.stack([raw.read(i, False, np.random.default_rng(0))["image"] for i in good])
+    small = shown_whole.reshape(24, SIZE // 2, 2, SIZE // 2, 2, 3).mean((2, 4))
+    shown = source.preview(moments(vae, shown_whole)[0] * 0.18215)
+    assert shown.shape == small.shape and shown.dtype == np.uint8
+    assert np.mean((shown - small) ** 2) < 0.98 * np.mean((small.mean((0, 1, 2)) - small) ** 2)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(commands, pictures, vae, cache, tmp_path):
+    dest = tmp_path / "cache"
+    process = commands.start(*arguments(pictures, dest, vae))
+    wait_until(lambda: len(list(dest.glob("moments-*.npy"))) >= 2, process)
+    process.kill()
+    process.communicate()
+    assert not (dest / "meta.json").exists(), "the kill came too late to prove anything"
+    with pytest.raises(data.DataError, match="no finished cache"):
+        data.open_source("latents", path=str(dest))
+    written = {p.name: p.stat().st_mtime_ns for p in dest.glob("moments-*.npy")}
+    time.sleep(0.01)
+    done = commands.run(*arguments(pictures, dest, vae))
+    assert done.returncode == 0, done.stderr
+    assert all((dest / name).stat().st_mtime_ns == when for name, when in written.items()), "whole shards are kept"
+    for file in sorted(cache.iterdir()):
+        assert (dest / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_shard_of_broken_pictures_alone_is_no_trouble(commands, vae, tmp_path):
+    folder = make_pictures(tmp_path / "src")
+    for i in range(9):
+        (folder / "ant" / f"00{i}.png").write_bytes(b"")
+    done = commands.run(*arguments(folder, tmp_path / "cache", vae, shard=4))
+    assert done.returncode == 0, done.stderr
+    source = data.open_source("latents", path=str(tmp_path / "cache"))
+    labels = [source.read(i, False, np.random.default_rng(0))["label"] for i in range(len(source))]
+    assert labels == sorted(labels) and labels.count(1) == 12
+
+
+def damages(path):
+    """(name, what it does to the cache at `path`)."""
+    shard = path / "moments-00001.npy"
+    yield "short shard", lambda: shard.write_bytes(shard.read_bytes()[:-100])
+    yield "no shard", shard.unlink
+    yield "empty shard", lambda: shard.write_bytes(b"")
+    yield "no labels", (path / "labels.npy").unlink
+    yield "few labels", lambda: np.save(path / "labels.npy", np.zeros(3, np.int32))
+    yield "cut meta", lambda: (path / "meta.json").write_text('{"format": 1')
+    meta = json.loads((path / "meta.json").read_text())
+    yield "old format", lambda: (path / "meta.json").write_text(json.dumps({**meta, "format": 0}))
+
+
+@pytest.mark.parametrize(
+    "name", ["short shard", "no shard", "empty shard", "no labels", "few labels", "cut meta", "old format"]
+)
+def test_a_damaged_cache_is_one_line(cache, tmp_path, name):
+    path = shutil.copytree(cache, tmp_path / "cache")
+    dict(damages(path))[name]()
+    with pytest.raises(data.DataError) as caught:
+        data.open_source("latents", path=str(path))
+    assert "anew" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"src": "none"}, "does not exist"), ({"vae": "none"}, "config.json is missing"), ({"shard": 5}, "another cache")],
+)
+def test_what_the_command_cannot_do_is_one_line(commands, pictures, vae, cache, change, words):
+    before = {p.name: p.read_bytes() for p in cache.iterdir()}
+    done: subprocess.CompletedProcess[str] = commands.run(
+        *arguments(**{"src": pictures, "dest": cache, "vae": vae, **change})
+    )
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert {p.name: p.read_bytes() for p in cache.iterdir()} == before
