@@ -83,6 +83,22 @@ def layer_norm(x_BLD: jax.Array, eps: float) -> jax.Array:
     return (x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)).astype(x_BLD.dtype)
 
 
+@jax.custom_vjp
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU, tanh-approximated (arXiv:1606.08415). Its gradient is written out so that it is one pass over x."""
+    return 0.5 * x * (1 + jnp.tanh(GELU_SLOPE * (x + 0.044715 * x**3)))
+
+
+def _gelu_tanh_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    tanh = jnp.tanh(GELU_SLOPE * (x + 0.044715 * x**3))
+    slope = GELU_SLOPE * (1 + 3 * 0.044715 * x**2)
+    return (g * 0.5 * (1 + tanh + x * (1 - tanh**2) * slope),)
+
+
+gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_tanh_backward)
+GELU_SLOPE = math.sqrt(2 / math.pi)
+
+
 def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v, the one door to attention: (B, L, N, K) out.
 
@@ -95,33 +111,37 @@ def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Ar
     return jnp.swapaxes(_attention(q_BNLK, k_BNSK, v_BNSK), 1, 2)
 
 
-def _scores(q_BNLK: jax.Array, k_BNSK: jax.Array) -> jax.Array:
+def _unnormalized(q_BNLK: jax.Array, k_BNSK: jax.Array) -> jax.Array:
+    """exp(scores - max), at least fp32."""
     scores_BNLS = jnp.einsum("BNLK,BNSK->BNLS", q_BNLK * (q_BNLK.shape[-1] ** -0.5), k_BNSK)
-    return scores_BNLS.astype(jnp.promote_types(scores_BNLS.dtype, jnp.float32))
+    scores_BNLS = scores_BNLS.astype(jnp.promote_types(scores_BNLS.dtype, jnp.float32))
+    return jnp.exp(scores_BNLS - scores_BNLS.max(-1, keepdims=True))
 
 
 @jax.custom_vjp
 def _attention(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array) -> jax.Array:
-    return _attention_forward(q_BNLK, k_BNSK, v_BNSK)[0]
+    """The normalisation comes after the second product, where it touches the fewest numbers."""
+    p_BNLS = _unnormalized(q_BNLK, k_BNSK)
+    out_BNLK = jnp.einsum("BNLS,BNSK->BNLK", p_BNLS.astype(q_BNLK.dtype), v_BNSK)
+    return out_BNLK / p_BNLS.sum(-1, keepdims=True).astype(q_BNLK.dtype)
 
 
 def _attention_forward(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array) -> tuple[jax.Array, Any]:
-    """The normalisation comes after the second product, where it touches the fewest numbers."""
-    scores_BNLS = _scores(q_BNLK, k_BNSK)
-    max_BNL1 = scores_BNLS.max(-1, keepdims=True)
-    p_BNLS = jnp.exp(scores_BNLS - max_BNL1)
-    sum_BNL1 = p_BNLS.sum(-1, keepdims=True)
-    out_BNLK = jnp.einsum("BNLS,BNSK->BNLK", p_BNLS.astype(q_BNLK.dtype), v_BNSK) / sum_BNL1.astype(q_BNLK.dtype)
-    out_BNLK, lse_BNL1 = checkpoint_name((out_BNLK, max_BNL1 + jnp.log(sum_BNL1)), "attention")
-    return out_BNLK, (q_BNLK, k_BNSK, v_BNSK, out_BNLK, lse_BNL1)
+    out_BNLK = checkpoint_name(_attention(q_BNLK, k_BNSK, v_BNSK), "attention")
+    return out_BNLK, (q_BNLK, k_BNSK, v_BNSK, out_BNLK)
 
 
 def _attention_backward(saved: Any, g_BNLK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """FlashAttention's gradient (arXiv:2205.14135): the probabilities are made again from the scores, and the softmax's
-    inner product is that of `out` and its cotangent."""
-    q_BNLK, k_BNSK, v_BNSK, out_BNLK, lse_BNL1 = saved
+    """FlashAttention's gradient (arXiv:2205.14135): probabilities are made again from the scores, and the softmax's inner
+    product is that of `out` and its cotangent.
+
+    Saving the log-sum-exp would spare little and cost XLA:CPU its one-pass attention: at DiT-S/2, b8, on 2 cores,
+    forward and gradient take 23 ms a layer so, 33 ms with it, 35 ms by autodiff.
+    """
+    q_BNLK, k_BNSK, v_BNSK, out_BNLK = saved
     dtype, scale = q_BNLK.dtype, q_BNLK.shape[-1] ** -0.5
-    p_BNLS = jnp.exp(_scores(q_BNLK, k_BNSK) - lse_BNL1)
+    p_BNLS = _unnormalized(q_BNLK, k_BNSK)
+    g_BNLK = g_BNLK / p_BNLS.sum(-1, keepdims=True).astype(dtype)
     inner_BNL1 = jnp.sum((g_BNLK * out_BNLK).astype(p_BNLS.dtype), -1, keepdims=True)
     ds_BNLS = (p_BNLS * (jnp.einsum("BNLK,BNSK->BNLS", g_BNLK, v_BNSK) - inner_BNL1)).astype(dtype)
     dq_BNLK = jnp.einsum("BNLS,BNSK->BNLK", ds_BNLS, k_BNSK) * scale

@@ -1,22 +1,27 @@
 """Speed of jdiff beside its peer, measured so that the ratio can be believed.
 
-    python tools/bench.py dit [--batch 8] [--rounds 9] [--only train] [--memory] [--json out.jsonl]
-    python tools/bench.py data [--source openmoji] [--path FOLDER] [--batch 64] [--step-ms 100]
+    python tools/bench.py dit [--batch 8] [--rounds 9] [--only train] [--memory] [--json FILE]
+    python tools/bench.py data [--source imagefolder --path FOLDER] [--batch 64] [--step-ms 100]
 
 Each case makes both sides from one set of random weights, asserts that they compute the same, warms both up, and then runs
 them in turn (A B A B ...), so that whatever else the machine does falls on both. One JSON line a case gives medians and
 minima in milliseconds and their ratios jdiff / peer: below 1 jdiff is the quicker. The peer on a CPU is PyTorch in eager
-mode with diffusers' own modules, schedulers and the fused AdamW.
+mode with diffusers' own modules, schedulers and the fused AdamW. `others` is the share of the machine's processors that
+went to other processes meanwhile: above 0.05 the figures are no measurement, and a line says so.
 
-A case is a generator of rows registered in `CASES`; it may use `alternate` and yields what `report` prints.
+A case is a generator of rows, registered in `CASES`.
 """
 
 import argparse
 import copy
-import functools
+import importlib.metadata
 import json
+import os
+import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,19 +29,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import jdiff
-from jdiff import diffusion, tree
+from jdiff import data as pipeline
+from jdiff import diffusion, optim, runtime, train, tree
+from jdiff.diffusion.process import Process
 
 Row = dict[str, Any]
 PAUSE = 0.05
 """Seconds between the two sides: the worker threads of both spin for some milliseconds after their last task."""
 
 
+class Busy:
+    """What other processes take of this machine's processors, from the time of its making."""
+
+    def __init__(self):
+        self.start = self._now()
+
+    def _now(self) -> np.ndarray:
+        """Seconds of processor time since boot: available, used, used by this process."""
+        if not os.path.exists("/proc/stat"):
+            return np.full(3, np.nan)
+        with open("/proc/stat") as file:
+            ticks = np.array([int(x) for x in file.readline().split()[1:9]]) / os.sysconf("SC_CLK_TCK")
+        return np.array([ticks.sum(), ticks.sum() - ticks[3:5].sum(), sum(os.times()[:2])])
+
+    def others(self) -> float:
+        """Their share, 0 to 1; nan where the system does not say."""
+        available, used, own = self._now() - self.start
+        return round(max(float((used - own) / available), 0.0), 3)
+
+
 def alternate(sides: dict[str, Callable[[], Any]], rounds: int, calls: int = 1) -> Row:
     """Milliseconds a call of each side, taken in turn after one warm-up round, and ratios of the first to the second."""
     times: dict[str, list[float]] = {name: [] for name in sides}
+    busy = Busy()
     for round_ in range(rounds + 1):
         for name, function in sides.items():
             time.sleep(PAUSE)
@@ -49,6 +76,7 @@ def alternate(sides: dict[str, Callable[[], Any]], rounds: int, calls: int = 1) 
     for name, values in times.items():
         row |= {f"{name}_ms": round(statistics.median(values), 2), f"{name}_min_ms": round(min(values), 2)}
     a, b = sides
+    row["others"] = busy.others()
     row["ratio"] = round(row[f"{a}_ms"] / row[f"{b}_ms"], 3)
     row["ratio_min"] = round(row[f"{a}_min_ms"] / row[f"{b}_min_ms"], 3)
     return row
@@ -216,35 +244,24 @@ def _dit_forward(args: argparse.Namespace, model: Any, params: Any, data: tuple[
 
 
 def _dit_train(args: argparse.Namespace, model: Any, params: Any, data: tuple[np.ndarray, ...]) -> Row:
+    """Forward, backward, AdamW and the average, with fresh t and noise a step on both sides."""
     import torch
 
+    lr, ema = 1e-4, optim.Ema(0.9999)
     schedule = diffusion.make_schedule("linear")
-    lr, decay = 1e-4, 0.9999
+    tx = optim.make_optimizer(optim.make_schedule("constant", lr, 0, 1))
+    loss_fn = train.class_loss(model, Process(schedule, variance="learned_range"))
 
-    def loss_fn(params, x_0, t, noise, y):
-        denoise = lambda x, t: model.apply({"params": params}, x, t, y)  # noqa: E731
-        return diffusion.gaussian_loss(denoise, schedule, x_0, t, noise)["loss"].mean()
+    def one_step(state, batch):
+        return train.train_step(state, batch, loss_fn=loss_fn, tx=tx, ema=ema, seed=0)
 
-    tx = optax.adamw(lr, weight_decay=0.0)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, key, x_0, y):
-        params, opt_state, ema = state
-        key_t, key_noise = jax.random.split(key)
-        t = jax.random.randint(key_t, y.shape, 0, 1000)
-        loss, grads = jax.value_and_grad(loss_fn)(params, x_0, t, jax.random.normal(key_noise, x_0.shape), y)
-        grads["pos_embed"] = jnp.zeros_like(grads["pos_embed"])
-        updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, opt_state, jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)), loss
-
-    x_0, t, noise, y = map(jnp.asarray, data)
-    fresh = jax.tree.map(jnp.copy, params)
-    held = [(fresh, tx.init(fresh), jax.tree.map(jnp.copy, params)), jax.random.key(0)]
+    step = jax.jit(one_step, donate_argnums=0)
+    batch = {"latent": jnp.asarray(data[0]), "label": jnp.asarray(data[3])}
+    held = [train.init_state(model, tx, jax.random.key(0))]
 
     def ours():
-        held[0], loss = step(held[0], held[1], x_0, y)
-        return loss.block_until_ready()
+        held[0], metrics = step(held[0], batch)
+        jax.block_until_ready((held[0], metrics))
 
     if args.side == "jdiff":
         return _alone(ours)
@@ -262,12 +279,17 @@ def _dit_train(args: argparse.Namespace, model: Any, params: Any, data: tuple[np
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(averaged, trained, 1 - decay)
+            torch._foreach_lerp_(averaged, trained, 1 - ema.decay)
         return loss.item()
 
     if args.side == "torch":
         return _alone(theirs)
-    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params, x_0, t, noise, y)
+
+    def fixed_loss(params, x_0, t, noise, y):
+        denoise = lambda x, t: model.apply({"params": params}, x, t, y)  # noqa: E731
+        return diffusion.gaussian_loss(denoise, schedule, x_0, t, noise)["loss"].mean()
+
+    loss, grads = jax.jit(jax.value_and_grad(fixed_loss))(params, *map(jnp.asarray, data))
     expected = peer_loss(*peer_data)
     expected.backward()
     error = close("loss", loss, expected.detach(), 1e-4)
@@ -316,6 +338,35 @@ def _dit_ddim(args: argparse.Namespace, model: Any, params: Any, data: tuple[np.
     return {"error": error} | alternate({"jdiff": ours, "torch": theirs}, max(args.rounds // 2, 3))
 
 
+# --- the input pipeline ---------------------------------------------------------------------------------------------
+
+
+def data(args: argparse.Namespace) -> Iterator[Row]:
+    """Images a second of a source alone, and the share of a step of `--step-ms` that waits for its batch."""
+    source = pipeline.open_source(args.source, path=args.path, image_size=args.image_size)
+    settings = {"batch_size": args.batch, "seed": 0, "workers": args.workers}
+    reader = pipeline.batches(source, **settings)
+    next(reader)
+    busy, start = Busy(), time.perf_counter()
+    for _ in range(args.rounds):
+        next(reader)
+    rate = args.rounds * args.batch / (time.perf_counter() - start)
+    device = pipeline.to_device(pipeline.batches(source, **settings), jax.device_put)
+    next(device)
+    before, start = device.wait_seconds, time.perf_counter()
+    for _ in range(args.rounds):
+        next(device)
+        time.sleep(args.step_ms / 1e3)  # stands for a step on an accelerator, which leaves the processors free
+    waits = (device.wait_seconds - before) / (time.perf_counter() - start)
+    yield {
+        "case": f"data {args.source} {args.image_size}px b{args.batch} workers {args.workers}",
+        "images_per_s": round(rate, 1),
+        "step_ms": args.step_ms,
+        "waits": round(waits, 4),
+        "others": busy.others(),
+    }
+
+
 # --- running --------------------------------------------------------------------------------------------------------
 
 
@@ -326,21 +377,77 @@ def _alone(function: Callable[[], Any]) -> Row:
     return {"rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
 
 
-CASES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {"dit": dit}
+def _memory(row: Row) -> Row:
+    """Peak resident memory of each side, each in a process that runs it alone. Both have loaded both libraries."""
+    only = row["case"].split()[1]
+    for side in ("jdiff", "torch"):
+        command = [sys.executable, *sys.argv, "--only", only, "--side", side]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        row[f"{side}_rss_mib"] = next(json.loads(x)["rss_mib"] for x in lines if "rss_mib" in x)
+    return row
+
+
+def machine() -> Row:
+    """What the figures depend on."""
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            model = next((x.split(":")[1].strip() for x in file if x.startswith("model name")), model)
+    libraries = ("jax", "jaxlib", "flax", "torch", "diffusers")
+    return {
+        "device": str(jax.devices()[0].device_kind),
+        "processor": f"{os.cpu_count()} x {model}",
+        "load": round(os.getloadavg()[0], 2),
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
+    }
+
+
+def report(rows: list[Row]) -> None:
+    """The rows as a small table."""
+    known = ("jdiff_ms", "torch_ms", "ratio", "ratio_min", "images_per_s", "waits", "others")
+    columns = [key for key in known if any(key in row for row in rows)]
+    print(" | ".join(["case".ljust(28), *(key.rjust(9) for key in columns)]))
+    for row in rows:
+        print(" | ".join([row["case"].ljust(28), *(str(row.get(key, "")).rjust(9) for key in columns)]))
+    if any(row.get("others", 0) > 0.05 for row in rows):
+        print("other processes took more than 5 % of the machine: measure again when it is quiet", file=sys.stderr)
+
+
+CASES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {"dit": dit, "data": data}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
-    parser.add_argument("--model", default="DiT-S/2")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--side", default="")
+    parser.add_argument("--json", help="append the lines to this file")
+    parser.add_argument("--memory", action="store_true", help="peak memory too, each side in its own process")
+    parser.add_argument("--only", default="", help="dit: some of forward,train,ddim")
+    parser.add_argument("--model", default="DiT-S/2")
+    parser.add_argument("--steps", type=int, default=10, help="dit: DDIM steps")
+    parser.add_argument("--source", default="openmoji")
+    parser.add_argument("--path", help="data: the source's folder")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--step-ms", type=float, default=100.0)
+    parser.add_argument("--side", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    runtime.prepare()
+    rows = []
+    lines = [machine()] if not args.side else []
+    for line in lines:
+        print(json.dumps(line), flush=True)
     for row in CASES[args.case](args):
-        print(json.dumps(row), flush=True)
+        rows.append(_memory(row) if args.memory and not args.side else row)
+        lines.append(rows[-1])
+        print(json.dumps(rows[-1]), flush=True)
+    if args.json:
+        with open(args.json, "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    if not args.side:
+        report(rows)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from jdiff.layers import (
     Dense,
     Embed,
     attention,
+    gelu_tanh,
     layer_norm,
     sincos_positions_2d,
     timestep_embedding,
@@ -67,7 +68,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         h_BLF = Dense(self.hidden, dtype=self.dtype, name="fc1")(x_BLD)
-        return Dense(x_BLD.shape[-1], dtype=self.dtype, name="fc2")(nn.gelu(h_BLF, approximate=True))
+        return Dense(x_BLD.shape[-1], dtype=self.dtype, name="fc2")(gelu_tanh(h_BLF))
 
 
 def modulate(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
@@ -91,6 +92,15 @@ class Block(nn.Module):
         mlp = Mlp(self.hidden, self.dtype, name="mlp")
         x_BLD += gate_mlp[:, None] * mlp(modulate(x_BLD, shift_mlp, scale_mlp))
         return x_BLD, None
+
+
+class Modulation(Dense):
+    """adaLN's product, as the body of a scan that hands its input on: one product a block, because a single product for
+    all of them makes XLA transpose every kernel first."""
+
+    @nn.compact
+    def __call__(self, c_BD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        return c_BD, super().__call__(c_BD)
 
 
 class TimestepEmbedder(nn.Module):
@@ -130,7 +140,7 @@ class DiT(nn.Module):
     label_dropout: float = 0.1
     qk_norm: bool = False
     scan_layers: bool = True
-    remat: Remat = "none"
+    remat: Remat = "dots"
     dtype: Any = jnp.float32
 
     frozen = r"pos_embed"
@@ -182,24 +192,17 @@ class DiT(nn.Module):
         c_BD = TimestepEmbedder(D, dtype, name="t_embedder")(t_B)
         c_BD = nn.silu(c_BD + Embed(rows, D, dtype=dtype, name="y_embedder")(y_B))
 
-        modulation = nn.vmap(
-            Dense,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=None,  # type: ignore[arg-type]
-            axis_size=self.depth,
-        )
-        modulation_ZB6D = modulation(6 * D, kernel_init=zeros, dtype=dtype, name="adaLN_modulation")(c_BD)
+        stacked: dict[str, Any] = {
+            "variable_axes": {"params": 0},
+            "split_rngs": {"params": True},
+            "length": self.depth,
+        }
+        modulations = nn.scan(Modulation, **stacked)(6 * D, kernel_init=zeros, dtype=dtype, name="adaLN_modulation")
+        _, modulation_ZB6D = modulations(c_BD, None)
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=not self.scan_layers, policy=SAVED[self.remat])
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.depth,
-            unroll=1 if self.scan_layers else self.depth,
-        )
+        blocks = nn.scan(block, unroll=1 if self.scan_layers else self.depth, **stacked)
         hidden = int(D * self.mlp_ratio)
         x_BLD, _ = blocks(self.heads, hidden, self.qk_norm, dtype, name="blocks")(x_BLD, modulation_ZB6D)
 
