@@ -11,11 +11,11 @@ from jdiff.config import default
 
 def get_config():
     config = default()
-    config.total_steps = 1_000
+    config.total_steps = 800
     config.batch_size = 64
     config.log_every = 25
-    config.sample_every = 250
-    config.checkpoint_every = 250
+    config.sample_every = 200
+    config.checkpoint_every = 200
     config.data.image_size = 16
     config.data.flip = False  # text and flags read one way round
     config.model.update(name="DiT-S/2", width=128, depth=6, heads=4, learn_sigma=False)
