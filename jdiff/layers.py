@@ -152,11 +152,14 @@ def _attention_backward(saved: Any, g_BNLK: jax.Array) -> tuple[jax.Array, jax.A
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
-    """Sinusoids of t, [cos, sin], frequencies max_period^(-i / half): (B, width), in at least fp32. width must be even."""
+def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10_000.0, freq_shift: int = 0) -> jax.Array:
+    """Sinusoids of t, [cos, sin], frequencies max_period^(-i / (half - freq_shift)): (B, width), in at least fp32.
+
+    width must be even. freq_shift is diffusers' `downscale_freq_shift`.
+    """
     dtype = jnp.promote_types(t_B.dtype, jnp.float32)
     half = width // 2
-    freqs = np.exp(-math.log(max_period) * np.arange(half, dtype=np.float64) / half)
+    freqs = np.exp(-math.log(max_period) * np.arange(half, dtype=np.float64) / (half - freq_shift))
     args = t_B.astype(dtype)[:, None] * freqs.astype(dtype)
     return jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
 

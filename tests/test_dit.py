@@ -86,8 +86,8 @@ def _state_dict(params):
 
 
 def _peer(model, params, dtype):
-    """diffusers' model with our weights. It has one fault: its frequencies are i / 127 where DiT's own are i / 128
-    (`downscale_freq_shift=1`), and it makes them in fp32; both are set right here."""
+    """diffusers' model with our weights. Its frequencies are i / 127 where DiT's own are i / 128 (`downscale_freq_shift=1`), and
+    it makes them in fp32: both are set right here, unless our model has `freq_shift=1`, which is to equal it as it is."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
 
@@ -111,7 +111,7 @@ def _peer(model, params, dtype):
     np.testing.assert_allclose(peer.pos_embed.pos_embed, params["pos_embed"], atol=1e-6)
     peer.pos_embed.pos_embed.copy_(torch.tensor(np.asarray(params["pos_embed"])))
     peer = peer.eval().to(dtype)
-    for block in peer.transformer_blocks:
+    for block in peer.transformer_blocks if not model.freq_shift else ():
         block.norm1.emb.time_proj = Sinusoids()
 
     @torch.no_grad()
@@ -138,7 +138,11 @@ def test_every_model_is_listed():
     assert set(jdiff.list_models()) >= set(COUNTS)
 
 
-@pytest.mark.parametrize("overrides", [{}, ODD], ids=["DiT-S/2", "odd"])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, ODD, {"freq_shift": 1}, {**ODD, "freq_shift": 1}],
+    ids=["DiT-S/2", "odd", "DiT-S/2 of diffusers untouched", "odd of diffusers untouched"],
+)
 def test_forward_is_diffusers(overrides):
     torch = pytest.importorskip("torch")
     model = jdiff.create("DiT-S/2", **overrides)

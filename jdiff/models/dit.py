@@ -107,12 +107,14 @@ class TimestepEmbedder(nn.Module):
     """Sinusoids of 256 dims, then an MLP with SiLU: (B,) -> (B, D)."""
 
     width: int
+    freq_shift: int = 0
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, t_B: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
-        h = Dense(self.width, kernel_init=init, dtype=self.dtype, name="mlp_0")(timestep_embedding(t_B, 256))
+        waves = timestep_embedding(t_B, 256, freq_shift=self.freq_shift)
+        h = Dense(self.width, kernel_init=init, dtype=self.dtype, name="mlp_0")(waves)
         return Dense(self.width, kernel_init=init, dtype=self.dtype, name="mlp_2")(nn.silu(h))
 
 
@@ -122,6 +124,8 @@ class DiT(nn.Module):
     image_size: height and width of the input (of the latent, for a latent model), a multiple of patch_size.
     num_classes: label ids are 0..num_classes-1; with label_dropout > 0 there is one more, `null_label`, the unconditional one.
     learn_sigma: twice the channels out, the second half parametrises the variance.
+    freq_shift: the timestep's frequencies are 10000^(-i / (128 - freq_shift)): 0 in the official code, with which the published
+    weights were trained; 1 in diffusers' DiTTransformer2DModel, whose outputs differ by that.
     scan_layers: run the blocks as one compiled loop (compile time flat in depth), or unrolled.
     remat: what the backward pass recomputes: nothing, all but the matrix products ("dots"), or whole blocks ("full").
     dtype: of the computation; parameters are fp32. `pos_embed` is a parameter because checkpoints hold it, but it is never
@@ -139,6 +143,7 @@ class DiT(nn.Module):
     learn_sigma: bool = True
     label_dropout: float = 0.1
     qk_norm: bool = False
+    freq_shift: int = 0
     scan_layers: bool = True
     remat: Remat = "dots"
     dtype: Any = jnp.float32
@@ -189,7 +194,7 @@ class DiT(nn.Module):
         x_BLD = embed(x_BHWC).reshape(B, grid * grid, D) + pos_embed.astype(dtype)
 
         rows = self.num_classes + (self.label_dropout > 0)
-        c_BD = TimestepEmbedder(D, dtype, name="t_embedder")(t_B)
+        c_BD = TimestepEmbedder(D, self.freq_shift, dtype, name="t_embedder")(t_B)
         c_BD = nn.silu(c_BD + Embed(rows, D, dtype=dtype, name="y_embedder")(y_B))
 
         stacked: dict[str, Any] = {
