@@ -119,6 +119,7 @@ def _peer(model, params, dtype):
         x = torch.tensor(x.transpose(0, 3, 1, 2)).to(dtype)
         return peer(x, torch.tensor(t), torch.tensor(y), return_dict=False)[0].permute(0, 2, 3, 1).double().numpy()
 
+    forward.model = peer
     return forward
 
 
@@ -165,6 +166,28 @@ def test_forward_is_diffusers_in_float64(overrides):
         x, t, y = inputs
         found = _apply(model, wide, jnp.asarray(x), jnp.asarray(t, jnp.float64), y)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("overrides", [{"depth": 2}, {**ODD, "remat": "none"}], ids=["DiT-S/2", "odd"])
+def test_gradients_are_pytorchs_in_float64(overrides):
+    torch = pytest.importorskip("torch")
+    model = jdiff.create("DiT-S/2", **overrides)
+    params, (x, t, y) = _random(model), _inputs(model, dtype=np.float64)
+    peer = _peer(model, params, torch.float64).model
+    out = peer(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(t), torch.tensor(y), return_dict=False)[0]
+    out.sin().mean().backward()
+    expected = {name: value.grad.numpy() for name, value in peer.named_parameters() if value.grad is not None}
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        loss = lambda p: jnp.sin(model.apply({"params": p}, jnp.asarray(x), jnp.asarray(t, jnp.float64), y)).mean()  # noqa: E731
+        gradient = jax.jit(jax.grad(loss))(wide)
+    found = _state_dict(jax.tree.map(np.asarray, gradient))
+    norm = np.sqrt(sum(np.square(value).sum() for value in expected.values()))
+    for name, value in expected.items():
+        if ".norm1.emb." in name:  # diffusers keeps a copy of the embedders in every block; ours serves them all
+            tail = name.split(".", 2)[2]
+            value = sum(v for k, v in expected.items() if k.split(".", 2)[-1] == tail)
+        np.testing.assert_allclose(found[name], value, rtol=1e-8, atol=1e-10 * norm, err_msg=name)
 
 
 @pytest.mark.parametrize(
