@@ -48,7 +48,7 @@ def load_run(
         full = jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())["params"]
         where = sharding.replicated(mesh)
         full = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), full)
-        chosen, frozen = tree.partition(full, tree.apply_rules(((model.frozen, False), (r".*", True)), full))
+        chosen, frozen = tree.set_apart(full, model.frozen)
         item = "ema_params" if weights == "ema" else "params"
         items = checkpoint.restore(workdir, step, {item: chosen, "frozen": frozen}, meta)
         return model, tree.merge(items[item], items["frozen"]), meta

@@ -11,8 +11,6 @@ from jdiff import tree
 DECAYED = ((r"(.*/)?(kernel|a|b)", True), (r".*", False))
 """Weight decay's rules: kernels (and LoRA factors) decay; biases, norms, embedding tables and positions do not."""
 
-SCHEDULES = ("constant", "cosine", "linear")
-
 
 def make_schedule(name: str, lr: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Learning rate by step: a linear warm-up to `lr`, then constant, or a cosine or line down to 0 at total_steps."""

@@ -67,8 +67,7 @@ class TrainState:
 def init_state(model: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """A fresh state: the model's initialisation, its frozen leaves apart, the average starting as a copy."""
     full = model.init(key, *model.dummy_inputs())["params"]
-    trainable = tree.apply_rules(((model.frozen, False), (r".*", True)), full)
-    params, frozen = tree.partition(full, trainable)
+    params, frozen = tree.set_apart(full, model.frozen)
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, tx.init(params), jax.tree.map(jnp.copy, params))
 
 

@@ -62,6 +62,11 @@ def partition(tree: Tree, chosen: Tree) -> tuple[Tree, Tree]:
     return yes, no
 
 
+def set_apart(tree: Tree, pattern: str) -> tuple[Tree, Tree]:
+    """`partition` by path: (the leaves that `pattern` does not match, those that it does)."""
+    return partition(tree, apply_rules(((pattern, False), (r".*", True)), tree))
+
+
 def merge(*trees: Tree) -> Tree:
     """Undoes `partition`: at each place the first leaf that is not None."""
     is_none = lambda leaf: leaf is None  # noqa: E731
