@@ -6,6 +6,7 @@ Shapes: B batch, L tokens, D width, N heads, K head dim, F hidden. Parameters ar
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,8 @@ Initializer = Callable[..., Any]
 Dtype = Any
 xavier_uniform = nn.initializers.xavier_uniform
 zeros = nn.initializers.zeros
+torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch's Linear and Conv2d start from, and so the UNet and the autoencoder."""
 
 
 class Dense(nn.Module):
@@ -99,39 +102,49 @@ gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_tanh_backward)
 GELU_SLOPE = math.sqrt(2 / math.pi)
 
 
-def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v, the one door to attention: (B, L, N, K) out.
+def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: bool = False) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v, the one door to attention: (B, L, N, K) out. causal: token i sees the tokens 0..i.
 
     On GPU it is JAX's fused attention (cuDNN where it takes the shape and dtype); elsewhere two products with an fp32
-    softmax between.
+    softmax between, over a chunk of the queries at a time where all scores at once would be large: memory grows with L + S,
+    in the gradient too.
     """
     if jax.default_backend() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16):
-        return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK)
+        return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, is_causal=causal)
     q_BNLK, k_BNSK, v_BNSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
-    return jnp.swapaxes(_attention(q_BNLK, k_BNSK, v_BNSK), 1, 2)
+    L, S = q_BLNK.shape[1], k_BSNK.shape[1]
+    if causal or L * S <= MOST_SCORES:
+        return jnp.swapaxes(_attention(q_BNLK, k_BNSK, v_BNSK, causal), 1, 2)
+    # rows of zeros fill the last chunk: a query's output depends on no other query, and their cotangents are zero
+    chunks = math.ceil(L * S / MOST_SCORES)
+    rows = math.ceil(L / chunks)
+    q_BNLK = jnp.pad(q_BNLK, ((0, 0), (0, 0), (0, chunks * rows - L), (0, 0)))
+    out_BNLK: jax.Array = _chunked_attention(q_BNLK, k_BNSK, v_BNSK, chunks)
+    return jnp.swapaxes(out_BNLK, 1, 2)[:, :L]
 
 
-def _unnormalized(q_BNLK: jax.Array, k_BNSK: jax.Array) -> jax.Array:
+MOST_SCORES = 2**20
+"""Scores a head that are formed at once: 256 queries of 4096 keys, the best chunk of those tried on a CPU."""
+
+
+def _unnormalized(q_BNLK: jax.Array, k_BNSK: jax.Array, causal: bool = False) -> jax.Array:
     """exp(scores - max), at least fp32."""
     scores_BNLS = jnp.einsum("BNLK,BNSK->BNLS", q_BNLK * (q_BNLK.shape[-1] ** -0.5), k_BNSK)
     scores_BNLS = scores_BNLS.astype(jnp.promote_types(scores_BNLS.dtype, jnp.float32))
+    if causal:
+        seen_LS = jnp.tril(jnp.ones(scores_BNLS.shape[-2:], bool))
+        scores_BNLS = jnp.where(seen_LS, scores_BNLS, -jnp.inf)
     return jnp.exp(scores_BNLS - scores_BNLS.max(-1, keepdims=True))
 
 
-@jax.custom_vjp
-def _attention(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array) -> jax.Array:
+def _attend(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool = False) -> jax.Array:
     """The normalisation comes after the second product, where it touches the fewest numbers."""
-    p_BNLS = _unnormalized(q_BNLK, k_BNSK)
+    p_BNLS = _unnormalized(q_BNLK, k_BNSK, causal)
     out_BNLK = jnp.einsum("BNLS,BNSK->BNLK", p_BNLS.astype(q_BNLK.dtype), v_BNSK)
     return out_BNLK / p_BNLS.sum(-1, keepdims=True).astype(q_BNLK.dtype)
 
 
-def _attention_forward(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array) -> tuple[jax.Array, Any]:
-    out_BNLK = checkpoint_name(_attention(q_BNLK, k_BNSK, v_BNSK), "attention")
-    return out_BNLK, (q_BNLK, k_BNSK, v_BNSK, out_BNLK)
-
-
-def _attention_backward(saved: Any, g_BNLK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _attend_backward(saved: Any, g_BNLK: jax.Array, causal: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """FlashAttention's gradient (arXiv:2205.14135): probabilities are made again from the scores, and the softmax's inner
     product is that of `out` and its cotangent.
 
@@ -140,7 +153,7 @@ def _attention_backward(saved: Any, g_BNLK: jax.Array) -> tuple[jax.Array, jax.A
     """
     q_BNLK, k_BNSK, v_BNSK, out_BNLK = saved
     dtype, scale = q_BNLK.dtype, q_BNLK.shape[-1] ** -0.5
-    p_BNLS = _unnormalized(q_BNLK, k_BNSK)
+    p_BNLS = _unnormalized(q_BNLK, k_BNSK, causal)
     g_BNLK = g_BNLK / p_BNLS.sum(-1, keepdims=True).astype(dtype)
     inner_BNL1 = jnp.sum((g_BNLK * out_BNLK).astype(p_BNLS.dtype), -1, keepdims=True)
     ds_BNLS = (p_BNLS * (jnp.einsum("BNLK,BNSK->BNLS", g_BNLK, v_BNSK) - inner_BNL1)).astype(dtype)
@@ -149,7 +162,54 @@ def _attention_backward(saved: Any, g_BNLK: jax.Array) -> tuple[jax.Array, jax.A
     return dq_BNLK, dk_BNSK, jnp.einsum("BNLS,BNLK->BNSK", p_BNLS.astype(dtype), g_BNLK)
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attention(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool) -> jax.Array:
+    return _attend(q_BNLK, k_BNSK, v_BNSK, causal)
+
+
+def _attention_forward(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool) -> tuple[jax.Array, Any]:
+    out_BNLK = checkpoint_name(_attend(q_BNLK, k_BNSK, v_BNSK, causal), "attention")
+    return out_BNLK, (q_BNLK, k_BNSK, v_BNSK, out_BNLK)
+
+
+_attention.defvjp(_attention_forward, lambda causal, saved, g_BNLK: _attend_backward(saved, g_BNLK, causal))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _chunked_attention(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, chunks: int) -> jax.Array:
+    return _joined(jax.lax.map(lambda q: _attend(q, k_BNSK, v_BNSK), _split(q_BNLK, chunks)))
+
+
+def _chunked_forward(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, chunks: int) -> tuple[jax.Array, Any]:
+    out_BNLK = checkpoint_name(_chunked_attention(q_BNLK, k_BNSK, v_BNSK, chunks), "attention")
+    return out_BNLK, (q_BNLK, k_BNSK, v_BNSK, out_BNLK)
+
+
+def _chunked_backward(chunks: int, saved: Any, g_BNLK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys' and values' gradients add up over the chunks."""
+    q_BNLK, k_BNSK, v_BNSK, out_BNLK = saved
+
+    def body(sums: tuple[jax.Array, jax.Array], chunk: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        q, out, g = chunk
+        dq, dk, dv = _attend_backward((q, k_BNSK, v_BNSK, out), g)
+        return (sums[0] + dk, sums[1] + dv), dq
+
+    zeros = (jnp.zeros_like(k_BNSK), jnp.zeros_like(v_BNSK))
+    (dk_BNSK, dv_BNSK), dq = jax.lax.scan(body, zeros, tuple(_split(x, chunks) for x in (q_BNLK, out_BNLK, g_BNLK)))
+    return _joined(dq), dk_BNSK, dv_BNSK
+
+
+_chunked_attention.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _split(x_BNLK: jax.Array, chunks: int) -> jax.Array:
+    B, N, L, K = x_BNLK.shape
+    return jnp.moveaxis(x_BNLK.reshape(B, N, chunks, L // chunks, K), 2, 0)
+
+
+def _joined(x_chunks: jax.Array) -> jax.Array:
+    chunks, B, N, rows, K = x_chunks.shape
+    return jnp.moveaxis(x_chunks, 0, 2).reshape(B, N, chunks * rows, K)
 
 
 def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10_000.0, freq_shift: int = 0) -> jax.Array:
@@ -173,3 +233,106 @@ def sincos_positions_2d(width: int, height: int, grid_width: int) -> np.ndarray:
     row, column = np.meshgrid(np.arange(height), np.arange(grid_width), indexing="ij")
     args = [np.outer(axis.reshape(-1), freqs) for axis in (column, row)]
     return np.concatenate([f(arg) for arg in args for f in (np.sin, np.cos)], axis=-1)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with gain and bias."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x_BLD.shape[-1],), jnp.float32)
+        bias = self.param("bias", zeros, (x_BLD.shape[-1],), jnp.float32)
+        return layer_norm(x_BLD, self.eps) * scale.astype(x_BLD.dtype) + bias.astype(x_BLD.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Normalises each of `groups` groups of channels over the whole picture; statistics in at least fp32."""
+
+    groups: int = 32
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        C = x_BHWC.shape[-1]
+        if C % self.groups:
+            raise ValueError(
+                f"{C} channels do not divide into {self.groups} groups: change the widths or norm_num_groups"
+            )
+        scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
+        bias = self.param("bias", zeros, (C,), jnp.float32)
+        return group_norm(x_BHWC, scale, bias, self.groups, self.eps)
+
+
+def group_norm(x_BHWC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int, eps: float) -> jax.Array:
+    """See `GroupNorm`. Gain and offset of a channel are formed first, so that the picture is read twice and written once."""
+    B, *space, C = x_BHWC.shape
+    wide = jnp.promote_types(x_BHWC.dtype, jnp.float32)
+    x_BPC = x_BHWC.reshape(B, math.prod(space), C)
+    mean_BC = jnp.mean(x_BPC, 1, dtype=wide)
+    mean_BG1 = mean_BC.reshape(B, groups, -1).mean(-1, keepdims=True)
+    mean_BC = jnp.broadcast_to(mean_BG1, (B, groups, C // groups)).reshape(B, C)
+    centred_BPC = x_BPC.astype(wide) - mean_BC[:, None]
+    var_BC = jnp.mean(centred_BPC * centred_BPC, 1)
+    inverse_BG1 = jax.lax.rsqrt(var_BC.reshape(B, groups, -1).mean(-1, keepdims=True) + eps)
+    gain_BC = jnp.broadcast_to(inverse_BG1, (B, groups, C // groups)).reshape(B, C) * scale_C.astype(wide)
+    y_BPC = centred_BPC * gain_BC[:, None] + bias_C.astype(wide)
+    return y_BPC.astype(x_BHWC.dtype).reshape(x_BHWC.shape)
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, around a skip: (B, H, W, C) -> (B, H, W, features).
+
+    Given an embedding `temb_BD`, its projection is added between the two. diffusers' ResnetBlock2D, CompVis' ResBlock.
+    zero_out: the second convolution starts at zero (guided-diffusion's and CompVis' UNet).
+    """
+
+    features: int
+    groups: int = 32
+    eps: float = 1e-5
+    zero_out: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, temb_BD: jax.Array | None = None) -> jax.Array:
+        conv = partial(Conv, self.features, dtype=self.dtype)
+        h = nn.silu(GroupNorm(self.groups, self.eps, name="norm1")(x_BHWC))
+        h = conv((3, 3), kernel_init=torch_uniform, name="conv1")(h)
+        if temb_BD is not None:
+            project = Dense(self.features, kernel_init=torch_uniform, dtype=self.dtype, name="time_emb_proj")
+            h += project(nn.silu(temb_BD))[:, None, None]
+        h = nn.silu(GroupNorm(self.groups, self.eps, name="norm2")(h))
+        h = conv((3, 3), kernel_init=zeros if self.zero_out else torch_uniform, name="conv2")(h)
+        if x_BHWC.shape[-1] != self.features:
+            x_BHWC = conv((1, 1), kernel_init=torch_uniform, name="conv_shortcut")(x_BHWC)
+        return x_BHWC + h
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2. padding: of height and width; ((0, 1), (0, 1)) in the autoencoder."""
+
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        features = x_BHWC.shape[-1]
+        conv = Conv(features, (3, 3), (2, 2), self.padding, kernel_init=torch_uniform, dtype=self.dtype, name="conv")
+        return conv(x_BHWC)
+
+
+class Upsample(nn.Module):
+    """To (height, width) by nearest neighbours, then a 3x3 convolution. Twice the input's size when none is given."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        B, H, W, C = x_BHWC.shape
+        height, width = size or (2 * H, 2 * W)
+        if (height, width) == (2 * H, 2 * W):
+            x_BHWC = jnp.broadcast_to(x_BHWC[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, height, width, C)
+        else:
+            x_BHWC = x_BHWC[:, np.arange(height) * H // height][:, :, np.arange(width) * W // width]
+        return Conv(C, (3, 3), kernel_init=torch_uniform, dtype=self.dtype, name="conv")(x_BHWC)

@@ -24,6 +24,7 @@ from jdiff.layers import (
     xavier_uniform,
     zeros,
 )
+from jdiff.models.macs import macs
 
 Remat = Literal["none", "dots", "full"]
 EPS = 1e-6
@@ -173,11 +174,7 @@ class DiT(nn.Module):
 
     def macs(self) -> int:
         """Multiply-accumulates of one sample's forward pass: products and convolutions; the paper's "Gflops"."""
-        L, D, Z = (self.image_size // self.patch_size) ** 2, self.width, self.depth
-        F, out = int(D * self.mlp_ratio), self.channels * (1 + self.learn_sigma)
-        block = L * (4 * D * D + 2 * D * F) + 2 * L * L * D + 6 * D * D
-        ends = L * self.patch_size**2 * (self.channels + out) * D + 2 * D * D + 256 * D + D * D
-        return Z * block + ends
+        return macs(self, *jax.eval_shape(self.dummy_inputs))
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array:

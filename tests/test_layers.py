@@ -1,0 +1,78 @@
+"""Attention in chunks, group norm and nearest-neighbour enlargement: against PyTorch and against their plain forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jdiff import layers
+
+
+def qkv(L, S, B=2, N=3, K=8):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(B, n, N, K)), jnp.float32) for n in (L, S, S)]
+
+
+def torch_attention(q, k, v, causal=False):
+    """Output and gradients of sum(out * cos(out)) by PyTorch."""
+    leaves = [torch.tensor(np.asarray(x)).transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal)
+    (out * out.cos()).sum().backward()
+    return [x.detach().transpose(1, 2).numpy() for x in (out, *(leaf.grad for leaf in leaves))]
+
+
+@pytest.mark.parametrize(
+    ("L", "S", "causal", "most"),
+    [(7, 7, False, 2**20), (7, 7, True, 2**20), (50, 33, False, 200), (64, 64, False, 1024), (5, 1000, False, 1000)],
+)
+def test_attention_and_its_gradient_equal_pytorch(monkeypatch, L, S, causal, most):
+    monkeypatch.setattr(layers, "MOST_SCORES", most)
+    inputs = qkv(L, S)
+
+    def value(q, k, v):
+        out = layers.attention(q, k, v, causal)
+        return (out * jnp.cos(out)).sum(), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))(*inputs)
+    for found, expected in zip((out, *gradients), torch_attention(*inputs, causal), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [4096, 16384])
+def test_attention_of_large_pictures_fits(tokens):
+    """All scores at once would take tokens^2 * 4 bytes a head; forward and gradient stay far below."""
+    x = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)
+    gradient = jax.grad(lambda q, k, v: layers.attention(q, k, v).sum(), (0, 1, 2))
+    memory = jax.jit(gradient).lower(x, x, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 150 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_group_norm_equals_pytorch(dtype):
+    rng = np.random.default_rng(0)
+    x, scale, bias = 3 + rng.normal(size=(2, 5, 7, 24)), rng.normal(size=24), rng.normal(size=24)
+    x, scale, bias = (jnp.asarray(a, jnp.float32) for a in (x, scale, bias))
+    found = layers.group_norm(x.astype(dtype), scale, bias, 6, 1e-5)
+    peer = torch.tensor(np.asarray(x.astype(dtype).astype(jnp.float32))).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.group_norm(peer, 6, torch.tensor(np.asarray(scale)), torch.tensor(np.asarray(bias)))
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 3e-2
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.permute(0, 2, 3, 1).numpy(), atol=tolerance)
+
+
+def test_group_norm_refuses_channels_that_do_not_divide():
+    with pytest.raises(ValueError, match="10 channels do not divide into 4 groups"):
+        layers.GroupNorm(4).init(jax.random.key(0), jnp.zeros((1, 2, 2, 10)))
+
+
+@pytest.mark.parametrize("size", [(10, 14), (9, 13), (10, 13)], ids=str)
+def test_upsample_enlarges_as_pytorch_does(size):
+    x = np.random.default_rng(0).normal(size=(1, 5, 7, 3)).astype(np.float32)
+    module = layers.Upsample()
+    params = module.init(jax.random.key(0), jnp.asarray(x))["params"]
+    centre = np.zeros((3, 3, 3, 3), np.float32)
+    centre[1, 1] = np.eye(3)  # a convolution that changes nothing
+    found = module.apply({"params": {"conv": {**params["conv"], "kernel": centre}}}, x, size)
+    expected = torch.nn.functional.interpolate(torch.tensor(x).permute(0, 3, 1, 2), size=size, mode="nearest")
+    np.testing.assert_array_equal(found, expected.permute(0, 2, 3, 1).numpy())
