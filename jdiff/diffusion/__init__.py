@@ -15,9 +15,13 @@ from jdiff.diffusion.schedule import (
     sample_timesteps,
     split_prediction,
 )
+from jdiff.diffusion.schedulers import SCHEDULERS, Plan, Scheduler, make_scheduler
 
 __all__ = [
+    "SCHEDULERS",
+    "Plan",
     "Schedule",
+    "Scheduler",
     "add_noise",
     "ddim",
     "ddpm",
@@ -28,6 +32,7 @@ __all__ = [
     "guide",
     "keep_timesteps",
     "make_schedule",
+    "make_scheduler",
     "prediction_target",
     "respace",
     "sample_noise",
