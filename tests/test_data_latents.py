@@ -1,13 +1,18 @@
-"""A cache of latents holds what the VAE says of each picture and its mirror image, whenever it was stopped."""
+"""A cache of latents holds what the VAE says of each picture and its mirror image, and the text encoder of each caption,
+whenever it was stopped."""
 
+import argparse
+import importlib.util
 import json
+import pickle
 import shutil
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import make_pictures, wait_until
+from conftest import ROOT, make_pictures, wait_until
 
 from jdiff import data
 
@@ -184,3 +189,168 @@ def test_what_the_command_cannot_do_is_one_line(commands, pictures, vae, cache, 
     )
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert {p.name: p.read_bytes() for p in cache.iterdir()} == before
+
+
+CAPTIONS = {i: [f"picture {i}", "a café", "x"][: 1 + i % 3] for i in range(12)} | {5: ["long " * 40], 8: ["Öl 🍎"]}
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """12 pictures with one to three captions each; the sixth's is too long."""
+    folder = make_pictures(tmp_path_factory.mktemp("captioned") / "src", classes=("all",))
+    rows = [{"file_name": f"all/{i}.png", "text": CAPTIONS[i]} for i in range(12)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory):
+    """A folder with a random text encoder, as transformers saves it, and a small tokenizer."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from jdiff.tokens import Tokenizer
+
+    path = tmp_path_factory.mktemp("sd")
+    tokenizer = Tokenizer.train(["picture", "a café"] * 3, 520)
+    tokenizer.save(path / "tokenizer")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config = transformers.CLIPTextConfig(**sizes, **tokens, pad_token_id=tokenizer.pad_id)
+    transformers.CLIPTextModel(config).save_pretrained(path / "text_encoder")
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_cache(commands, captioned, vae, sd, tmp_path_factory):
+    """The captioned pictures' cache with contexts, made by the command."""
+    dest = tmp_path_factory.mktemp("latents") / "cache"
+    done = commands.run(*arguments(f"captions:{captioned}", dest, vae, shard=5), "--text", sd)
+    assert done.returncode == 0, done.stderr
+    assert "1 skipped" in done.stdout and "40" not in done.stdout and "long long" in done.stderr
+    return dest
+
+
+def contexts(sd, texts):
+    """transformers' own last hidden states, (B, S, E)."""
+    import torch
+    import transformers
+
+    from jdiff.tokens import Tokenizer
+
+    ids = torch.from_numpy(Tokenizer.from_folder(sd / "tokenizer")(texts)).long()
+    with torch.no_grad():
+        return transformers.CLIPTextModel.from_pretrained(sd / "text_encoder").eval()(ids).last_hidden_state.numpy()
+
+
+def test_each_caption_has_the_text_encoders_context(text_cache, captioned, sd, vae):
+    source = data.open_source("latents", path=str(text_cache))
+    kept = [CAPTIONS[i] for i in range(12) if i != 5]
+    assert source.has_captions and [source.texts(i) for i in range(len(source))] == kept
+    np.testing.assert_allclose(source.null_context, contexts(sd, [""])[0], atol=1e-5)
+    raw = data.open_source("captions", path=str(captioned), image_size=SIZE)
+    images = [raw.read(i, False, np.random.default_rng(0))["image"] for i in range(12) if i != 5]
+    mean, std = moments(vae, np.stack(images))
+    for copy in (source, pickle.loads(pickle.dumps(source))):
+        drawn = set()
+        for i, texts in enumerate(kept):
+            expected = dict(zip(texts, contexts(sd, texts), strict=True))
+            for k in range(8):
+                record = copy.read(i, False, np.random.default_rng(k))
+                assert record["context"].dtype == np.float32
+                np.testing.assert_allclose(record["context"], expected[record["caption"]], atol=1e-5)
+                drawn.add(record["caption"])
+                assert np.abs((record["latent"] / 0.18215 - mean[i]) / std[i]).max() < 6
+        assert drawn == {text for texts in kept for text in texts}
+    with data.batches(source, batch_size=4, seed=0) as reader:
+        batch = next(reader)
+    assert {k: v.shape for k, v in batch.items()} == {
+        "latent": (4, *source.shape),
+        "label": (4,),
+        "context": (4, 77, 16),
+        "index": (4,),
+    }
+
+
+def test_a_killed_run_with_captions_ends_the_same(commands, captioned, vae, sd, text_cache, tmp_path):
+    dest = tmp_path / "cache"
+    shutil.copytree(text_cache, dest)
+    for name in ("meta.json", "labels.npy", "captions.npz", "null_context.npy", "moments-00002.npy"):
+        (dest / name).unlink()
+    (dest / "context-00001.npy").unlink()  # as if killed between two files of a shard
+    done = commands.run(*arguments(f"captions:{captioned}", dest, vae, shard=5), "--text", sd)
+    assert done.returncode == 0, done.stderr
+    for file in sorted(text_cache.iterdir()):
+        assert (dest / file.name).read_bytes() == file.read_bytes(), file.name
+    done = commands.run(*arguments(f"captions:{captioned}", dest, vae, shard=5))
+    assert done.returncode == 2 and "another cache" in done.stderr, "without --text it is another cache"
+
+
+def test_captions_are_kept_without_a_text_encoder(commands, captioned, vae, tmp_path):
+    done = commands.run(*arguments(f"captions:{captioned}", tmp_path / "cache", vae))
+    assert done.returncode == 0 and "0 skipped" in done.stdout, done.stderr
+    source = data.open_source("latents", path=str(tmp_path / "cache"))
+    record = source.read(8, False, np.random.default_rng(0))
+    assert record.keys() == {"latent", "label", "caption"} and record["caption"] == "Öl 🍎"
+    assert source.null_context is None and len(source) == 12
+
+
+@pytest.mark.parametrize("name", ["captions.npz", "null_context.npy", "context-00000.npy", "context-00001.npy"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "other"])
+def test_damaged_captions_or_contexts_are_one_line(text_cache, tmp_path, name, damage):
+    path = shutil.copytree(text_cache, tmp_path / "cache")
+    whole = (path / name).read_bytes()
+    (path / name).unlink()
+    if damage == "cut":
+        (path / name).write_bytes(whole[: len(whole) // 2])
+    if damage == "other":
+        np.save(path / "other.npy", np.zeros((2, 3), np.float32))
+        (path / "other.npy").rename(path / name)
+    with pytest.raises(data.DataError) as caught:
+        data.open_source("latents", path=str(path))
+    assert "anew" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def tool():
+    """tools/cache_latents.py as a module."""
+    spec = importlib.util.spec_from_file_location("cache_latents", ROOT / "tools" / "cache_latents.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cache_latents"] = module  # which dataclasses look themselves up in
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_vae_comes_from_a_run_too(vae, tmp_path, monkeypatch):
+    import jdiff
+    from jdiff import convert
+
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(jdiff, "load", lambda path: convert.load_component(vae), raising=False)
+    images = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), np.uint8)
+    found, expected = tool().load_vae(tmp_path, 16), moments(vae, images)
+    mean, logvar = np.split(found.encode(images), 2, axis=-1)
+    np.testing.assert_allclose(mean, expected[0], atol=1e-4)
+    np.testing.assert_allclose(np.exp(0.5 * logvar), expected[1], atol=1e-4)
+    assert found.digest == tool().load_vae(vae, 8).digest and found.scaling_factor == 0.18215
+    with pytest.raises(ValueError, match="--batch-size 9 does not divide over 8 devices"):
+        tool().load_vae(vae, 9)
+
+
+@pytest.mark.parametrize(
+    ("src", "text", "words"),
+    [
+        ("pictures", "sd", "has no captions"),
+        ("captioned", "none", "config.json is missing"),
+        ("captioned", "vae", "holds AutoencoderKL"),
+        ("captioned", "no tokenizer", "tokenizer"),
+    ],
+)
+def test_text_that_cannot_be_encoded_is_one_line(pictures, captioned, vae, sd, tmp_path, src, text, words):
+    shutil.copytree(sd / "text_encoder", tmp_path / "text_encoder")
+    folder = {"sd": sd, "vae": vae, "none": tmp_path / "none", "no tokenizer": tmp_path}[text]
+    path = {"pictures": str(pictures), "captioned": f"captions:{captioned}"}[src]
+    sizes = {"image_size": SIZE, "batch_size": 8, "shard_size": 5, "dtype": "float32"}
+    options = argparse.Namespace(src=path, dest=tmp_path / "cache", vae=vae, text=folder, **sizes)
+    with pytest.raises(ValueError, match=words) as caught:
+        tool().run(options)
+    assert "\n" not in str(caught.value) and not (tmp_path / "cache").exists()

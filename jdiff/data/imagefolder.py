@@ -8,23 +8,23 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from jdiff.data.images import decode
+from jdiff.data import buckets, images
+from jdiff.data.files import PICTURES, walk
+from jdiff.data.packed import Packed
 from jdiff.data.source import BrokenRecord, DataError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 
 
 class ImageFolder:
-    """Pictures of (image_size, image_size, 3), cropped as ADM does; see `jdiff.data.Source`.
+    """Pictures of (image_size, image_size, 3), cropped as ADM does, or of the bucket's size; see `jdiff.data.Source`.
 
-    Classes are numbered in their names' order. The listing is one buffer of bytes with offsets, so that a million names
-    cost little and pickle quickly.
+    Classes are numbered in their names' order.
     """
 
     name = "imagefolder"
     kind: Literal["image", "latent"] = "image"
+    has_captions = False
 
-    def __init__(self, path: str, image_size: int):
+    def __init__(self, path: str, image_size: int, sizes: tuple[buckets.Size, ...] | None = None):
         self.root = Path(path)
         if not self.root.exists():
             raise DataError(f"data.path={path!r} does not exist")
@@ -37,26 +37,28 @@ class ImageFolder:
             folders = sorted(e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith("."))
             with tqdm(desc=f"listing {path}", unit="file", leave=False, delay=1) as bar:
                 for folder in folders:
-                    found = sorted(_pictures(self.root / folder, folder, bar))
+                    found = sorted(walk(self.root / folder, PICTURES, bar, folder))
                     if found:
                         labels += [len(self.class_names)] * len(found)
                         self.class_names.append(folder)
                         names += found
                 if not names:
-                    names = sorted(_pictures(self.root, "", bar))
+                    names = sorted(walk(self.root, PICTURES, bar))
                     labels, self.class_names = [0] * len(names), [self.root.resolve().name]
         except OSError as error:
             raise DataError(f"data.path={path!r} cannot be listed: {error}") from error
         if not names:
             raise DataError(
-                f"data.path={path!r} holds no pictures ({', '.join(EXTENSIONS)}), neither in class folders nor itself"
+                f"data.path={path!r} holds no pictures ({', '.join(PICTURES)}), neither in class folders nor itself"
             )
-        encoded = [os.fsencode(name) for name in names]
         self.labels = np.asarray(labels, np.int32)
-        self._offsets = np.cumsum([0, *map(len, encoded)])
-        self._names = b"".join(encoded)
-        listing = hashlib.sha256(self._names)
-        listing.update(self._offsets.tobytes() + self.labels.tobytes() + str(self.shape).encode())
+        self._names = Packed(os.fsencode(name) for name in names)
+        listing = hashlib.sha256(self._names.buffer)
+        listing.update(self._names.offsets.tobytes() + self.labels.tobytes() + str(self.shape).encode())
+        self.buckets = None
+        if sizes is not None:
+            self.buckets = buckets.assign(sizes, len(self), lambda i: images.header_size(str(self.file(i))), path)
+            listing.update(self.buckets.digest())
         self.fingerprint = listing.hexdigest()[:16]
 
     @property
@@ -69,37 +71,15 @@ class ImageFolder:
 
     def file(self, index: int) -> Path:
         """The path of one picture."""
-        return self.root / os.fsdecode(self._names[self._offsets[index] : self._offsets[index + 1]])
+        return self.root / os.fsdecode(self._names[index])
 
     def read(self, index: int, flip: bool, rng: np.random.Generator) -> dict[str, Any]:
         """See `Source.read`."""
         path = self.file(index)
+        size = self.shape[0] if self.buckets is None else self.buckets.size(index)
         try:
             with path.open("rb") as file:
-                image = decode(file, self.shape[0])
+                image = images.decode(file, size)
         except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes
             raise BrokenRecord(str(path), f"{type(error).__name__}: {error}".replace("\n", " ")) from error
         return {"image": image[:, ::-1] if flip else image, "label": self.labels[index]}
-
-
-def _pictures(folder: Path, prefix: str, bar: Any) -> list[str]:
-    """Picture files below a folder, relative to the root; hidden files are left out."""
-    found, pending = [], [(str(folder), prefix)]
-    while pending:
-        where, below = pending.pop()
-        with os.scandir(where) as entries:
-            for entry in entries:
-                name = f"{below}/{entry.name}" if below else entry.name
-                if entry.name.startswith(".") or (entry.is_symlink() and _leads_up(entry.path)):
-                    continue
-                if entry.is_dir():
-                    pending.append((entry.path, name))
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    found.append(name)
-                    bar.update()
-    return found
-
-
-def _leads_up(link: str) -> bool:
-    """Whether a link is to a folder that it lies in, so that following it would never end."""
-    return os.path.realpath(link) in map(str, Path(os.path.realpath(os.path.dirname(link)), "x").parents)

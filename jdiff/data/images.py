@@ -1,18 +1,20 @@
-"""Any picture file to RGB of one size."""
+"""Any picture file to RGB of the wanted size."""
 
 import io
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 178_956_970
 """Pictures whose header claims more are refused before they are decoded (PIL's own limit for decompression bombs)."""
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # else PIL warns, at every reading, of half as many
 
 
-def decode(file: str | BinaryIO | bytes, size: int) -> np.ndarray:
-    """A picture as uint8 RGB (size, size, 3), cropped as `center_crop` does.
+def decode(
+    file: str | BinaryIO | bytes, size: int | tuple[int, int], rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """A picture as uint8 RGB (size, size, 3), or (*size, 3), cropped as `crop` does.
 
     Upright by its EXIF tag, the first frame of an animation, transparency over white, 16-bit greys scaled to 8. ValueError
     or OSError (PIL's) with the reason when it cannot be decoded whole.
@@ -21,7 +23,17 @@ def decode(file: str | BinaryIO | bytes, size: int) -> np.ndarray:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels is more than the limit of {MAX_PIXELS:,}")
         image.load()
-        return np.asarray(center_crop(to_rgb(ImageOps.exif_transpose(image)), size))
+        height, width = (size, size) if isinstance(size, int) else size
+        return np.asarray(crop(to_rgb(ImageOps.exif_transpose(image)), height, width, rng))
+
+
+def header_size(file: str | BinaryIO | bytes) -> tuple[int, int]:
+    """(height, width) as the picture is seen, from its header alone: swapped where its EXIF tag turns it."""
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        # the base class's: PNG's own decodes the whole picture to look for a tag behind it
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # whose size PIL has turned already
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -39,14 +51,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop (openai/guided-diffusion `center_crop_arr`): halvings by box, the rest by bicubic, then the middle."""
-    while min(image.size) >= 2 * size:
+def crop(image: Image.Image, height: int, width: int, rng: np.random.Generator | None = None) -> Image.Image:
+    """Shrinks or enlarges as little as covers (height, width), then cuts out the middle, or where `rng` says.
+
+    Halvings by box, the rest by bicubic; for squares it is ADM's crop (openai/guided-diffusion `center_crop_arr`).
+    """
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are too slim to enlarge to a side of {size}")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    scale = max(width / image.width, height / image.height)
+    wide, high = round(image.width * scale), round(image.height * scale)
+    if wide * high > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too slim to enlarge to {width} x {height}")
+    image = image.resize((wide, high), Image.Resampling.BICUBIC)
+    spare = (wide - width, high - height)
+    left, top = (n // 2 if rng is None else int(rng.integers(n + 1)) for n in spare)
+    return image.crop((left, top, left + width, top + height))

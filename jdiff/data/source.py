@@ -1,8 +1,11 @@
 """What every data source offers, and how one is opened by name."""
 
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from jdiff.data.buckets import Buckets, Size
 
 
 class DataError(ValueError):
@@ -20,7 +23,9 @@ class BrokenRecord(Exception):
 class Source(Protocol):
     """Random access to labelled pictures or latents. It is pickled to worker processes, so it holds listings, not pixels.
 
-    shape: (H, W, C) of every record. fingerprint: changes when the listing does, so that a resumed run can tell.
+    shape: (H, W, C) of every record. buckets: records then have their own bucket's H and W instead, and stand in batches of
+    their bucket. fingerprint: changes when the listing does, so that a resumed run can tell. has_captions: `read` gives a
+    `caption`, and the source has `texts(index)`, all the captions that it is drawn from.
     """
 
     name: str
@@ -28,6 +33,12 @@ class Source(Protocol):
     shape: tuple[int, int, int]
     class_names: list[str]
     fingerprint: str
+    has_captions: bool
+
+    @property
+    def buckets(self) -> "Buckets | None":
+        """The buckets' sizes, and each record's."""
+        ...
 
     @property
     def num_classes(self) -> int:
@@ -37,27 +48,61 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int, flip: bool, rng: np.random.Generator) -> dict[str, Any]:
-        """`{kind: array of `shape`, "label": int}`: uint8 for pictures, float32 for latents; mirrored when `flip`.
+        """`{kind: array of `shape`, "label": int, …}`: uint8 for pictures, float32 for latents; mirrored when `flip`.
 
-        What is random in a record comes from `rng` alone. BrokenRecord when it cannot be read.
+        Also `caption`, a string, where the source has captions. What is random in a record comes from `rng` alone.
+        BrokenRecord when it cannot be read.
         """
         ...
 
 
-def open_source(name: str, *, path: str | None = None, image_size: int = 32) -> Source:
-    """openmoji | imagefolder | tfds | latents, by name; DataError when there is nothing to read at `path`."""
+class Captioned(Source, Protocol):
+    """A source with captions."""
+
+    def texts(self, index: int) -> list[str]:
+        """All of a record's captions, one at least; BrokenRecord when they cannot be read."""
+        ...
+
+
+NAMES = ("captions", "openmoji", "imagefolder", "tfds", "latents")
+
+
+def open_source(
+    name: str,
+    *,
+    path: str | None = None,
+    image_size: int = 32,
+    split: str = "all",
+    buckets: "tuple[Size, ...] | None" = None,
+    random_crop: bool = False,
+) -> Source:
+    """captions | openmoji | imagefolder | tfds | latents, by name; DataError when there is nothing to read at `path`.
+
+    split: of openmoji, all | train | heldout. buckets: sizes (`buckets.make_sizes`), for captions and imagefolder.
+    random_crop: for captions. An option that the source has not is an error.
+    """
+    if name not in NAMES:
+        raise DataError(f"data.name={name!r} is unknown; use {', '.join(NAMES[:-1])} or {NAMES[-1]}")
+    if split != "all" and name != "openmoji":
+        raise DataError(f"split={split!r} is for openmoji alone; data.name={name!r} is read whole")
+    if buckets is not None and name not in ("captions", "imagefolder"):
+        raise DataError(f"data.name={name!r} has pictures of one size; buckets are for captions and imagefolder")
+    if random_crop and name != "captions":
+        raise DataError(f"data.name={name!r} has no random crop; captions has")
     if name == "openmoji":
         from jdiff.data.openmoji import OpenMoji
 
-        return OpenMoji(image_size)
-    if name not in ("imagefolder", "tfds", "latents"):
-        raise DataError(f"data.name={name!r} is unknown; use openmoji, imagefolder, tfds or latents")
+        return OpenMoji(image_size, split)
     if not path:
         raise DataError(f"data.path is missing, and data.name={name!r} needs it: --config.data.path=…")
+    if name == "captions":
+        from jdiff.data.captions import Captions
+
+        return Captions(path, image_size, buckets, random_crop)
     if name == "imagefolder":
         from jdiff.data.imagefolder import ImageFolder
 
-        return ImageFolder(path, image_size)
+        return ImageFolder(path, image_size, buckets)
     if name == "tfds":
         from jdiff.data.tfds import Tfds
 
