@@ -52,7 +52,7 @@ def main() -> int:
         if options.help:
             parser.print_help()
             for key, value in configs.flat(configs.load_file(options.config)).items() if options.config else ():
-                print(f"  --config.{key}={value}")
+                print(f"  --config.{key}={value}" if key != "task" else f"  task {value}")
             return 0
         if options.config is None:
             raise ValueError("--config FILE is missing, as --config configs/dit_s2.py")

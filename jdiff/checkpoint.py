@@ -1,7 +1,8 @@
 """Checkpoints that describe themselves, kept by Orbax under WORKDIR/checkpoints/STEP.
 
 Each holds the items of a training state, saved apart so that sampling reads only what it needs, and `meta`: the step, the
-config, jdiff's version and git revision, each array's dtype and shape, and each array's checksum.
+config, a record of each model (`models.describe`), jdiff's version and git revision, each array's dtype and shape, and each
+array's checksum.
 
 The resume ladder, in this one place:
 1. the newest checkpoint in the workdir, if its arrays are those of the model at hand (else: an error that lists the
@@ -28,7 +29,7 @@ from jdiff.version import __version__
 
 log = logging.getLogger(__name__)
 Items = Mapping[str, Any]
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
@@ -181,9 +182,29 @@ def read_meta(workdir: Path, step: int) -> dict[str, Any]:
         raise Damaged(f"checkpoint {folder} is damaged: its metadata is not what was written")
     if meta["format"] != FORMAT:
         raise CheckpointError(
-            f"checkpoint {folder} has format {meta['format']}; this jdiff reads {FORMAT}: update jdiff"
+            f"checkpoint {folder} has format {meta['format']}, and this jdiff reads {FORMAT}: use the jdiff "
+            f"({meta['jdiff_version']}, git {meta['git_revision']}) that wrote it"
         )
     return meta
+
+
+def shapes(meta: Mapping[str, Any], item: str, all_items: tuple[str, ...], where: jax.sharding.Sharding) -> Any:
+    """An item's tree as ShapeDtypeStructs on `where`, from the metadata alone; for items that are nested dicts.
+
+    all_items: the items whose union is the full tree: the places of the others' leaves hold None, as they were saved.
+    """
+    result: dict[str, Any] = {}
+    known = {path.partition("/")[2] for path in meta["arrays"] if path.startswith(tuple(f"{i}/" for i in all_items))}
+    for path in sorted(known):
+        *parents, name = path.split("/")
+        group = result
+        for parent in parents:
+            group = group.setdefault(parent, {})
+        text = meta["arrays"].get(f"{item}/{path}")
+        dtype, _, shape = text.removesuffix("]").partition("[") if text else ("", "", "")
+        size = tuple(int(n) for n in shape.split(",") if n)
+        group[name] = jax.ShapeDtypeStruct(size, dtype, sharding=where) if text else None
+    return result
 
 
 def restore(workdir: Path, step: int, target: Items, meta: dict[str, Any]) -> Items:

@@ -15,97 +15,214 @@ Config: TypeAlias = Any
 """An `ml_collections.ConfigDict`, whose attributes no type checker can know."""
 
 
-def default() -> Config:
-    """All keys. A config file starts from this and changes what it needs; a None has the type given in `placeholder`.
+def default(task: str = "class_to_image") -> Config:
+    """All keys of a task. A config file starts from this and changes what it needs; a None has the type given in `placeholder`.
 
-    Locked: setting a key that is not here is an error.
+    Locked: setting a key that is not here is an error. ValueError for a task that there is not.
     """
-    config = ConfigDict(
-        {
-            "seed": 0,
-            "total_steps": 400_000,
-            "batch_size": 256,  # global: rows of all devices and all accumulation steps together
-            "accumulate": 1,  # gradient accumulation: micro-batches a step
-            "precision": "fp32",  # of the computation: fp32 | bf16; parameters, loss and optimizer are fp32
-            "log_every": 50,
-            "sample_every": 5_000,
-            "checkpoint_every": 5_000,
-            "keep": 3,  # checkpoints kept
-            "max_refused": 10,  # consecutive steps refused for a non-finite loss or gradient before the run stops
-            "data": {
-                "name": "openmoji",  # openmoji | imagefolder | tfds | latents
-                "path": placeholder(str),  # a folder, or the TFDS name
-                "image_size": 32,
-                "flip": True,
-                "workers": 0,  # decoding processes; 0 decodes in a thread, the quickest for small pictures
-                "max_bad_rate": 0.35,  # share of broken images above which the run stops
-            },
-            "model": {
-                "name": "DiT-S/2",
-                # the fields of the model that may be overridden; None keeps the named model's own
-                "patch_size": placeholder(int),
-                "width": placeholder(int),
-                "depth": placeholder(int),
-                "heads": placeholder(int),
-                "mlp_ratio": placeholder(float),
-                "learn_sigma": placeholder(bool),
-                "label_dropout": placeholder(float),
-                "qk_norm": placeholder(bool),
-                "scan_layers": placeholder(bool),
-                "remat": placeholder(str),  # none | dots | full
-            },
-            "diffusion": {
-                "kind": "gaussian",  # gaussian | flow
-                "schedule": "linear",  # linear | scaled_linear | cosine
-                "zero_terminal_snr": False,
-                "prediction_type": "eps",  # eps | v | x0
-                "variance": "fixed_small",  # fixed_small | fixed_large; a learn_sigma model has learned_range
-                "snr_gamma": placeholder(float),  # Min-SNR-gamma
-                "time_sampling": "uniform",  # of flow's t: uniform | logit_normal
-            },
-            "optim": {
-                "lr": 1e-4,
-                "schedule": "constant",  # constant | cosine | linear
-                "warmup_steps": 0,
-                "weight_decay": 0.0,
-                "b1": 0.9,
-                "b2": 0.999,
-                "eps": 1e-8,
-                "clip_norm": placeholder(float),
-            },
-            "ema": {"decay": 0.9999, "warmup": False},
-            "mesh": {"data": -1, "fsdp": 1},
-            "sample": {
-                "sampler": "ddim",  # ddpm | ddim for gaussian; euler | heun for flow
-                "steps": 50,
-                "guidance": 4.0,
-                "count": 16,  # pictures a grid; labels go round
-            },
-            "log": {"tensorboard": True, "wandb": "off"},  # wandb: off | online | offline
-        }
-    )
-    return config.lock()
+    if task not in TASKS:
+        raise ValueError(f"task={task!r} is unknown{nearest(task, TASKS)}; the tasks are {list(TASKS)}")
+    values = {
+        "task": task,
+        "seed": 0,
+        "total_steps": 400_000,
+        "batch_size": 256,  # global: rows of all devices and all accumulation steps together
+        "accumulate": 1,  # gradient accumulation: micro-batches a step
+        "precision": "fp32",  # of the computation: fp32 | bf16; parameters, loss and optimizer are fp32
+        "log_every": 50,
+        "sample_every": 5_000,
+        "checkpoint_every": 5_000,
+        "keep": 3,  # checkpoints kept
+        "max_refused": 10,  # consecutive steps refused for a non-finite loss or gradient before the run stops
+        "data": {
+            "name": "openmoji",  # openmoji | captions | imagefolder | tfds | latents
+            "path": placeholder(str),  # a folder, or the TFDS name
+            "split": "all",  # of openmoji: all | train | heldout (a tenth)
+            "image_size": 32,
+            "flip": True,
+            "workers": 0,  # decoding processes; 0 decodes in a thread, the quickest for small pictures
+            "max_bad_rate": 0.35,  # share of broken images above which the run stops
+        },
+        **TASKS[task](),
+        "optim": {
+            "lr": 1e-4,
+            "schedule": "constant",  # constant | cosine | linear
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "clip_norm": placeholder(float),
+        },
+        "ema": {"decay": 0.9999, "warmup": False},
+        "mesh": {"data": -1, "fsdp": 1},
+        "log": {"tensorboard": True, "wandb": "off"},  # wandb: off | online | offline
+    }
+    return ConfigDict(values).lock()
 
 
+def _class_to_image() -> dict[str, Any]:
+    """Labels to pictures or latents with a DiT."""
+    return {
+        "model": {
+            "name": "DiT-S/2",
+            # the fields of the model that may be overridden; None keeps the named model's own
+            "patch_size": placeholder(int),
+            "width": placeholder(int),
+            "depth": placeholder(int),
+            "heads": placeholder(int),
+            "mlp_ratio": placeholder(float),
+            "learn_sigma": placeholder(bool),
+            "label_dropout": placeholder(float),
+            "qk_norm": placeholder(bool),
+            "scan_layers": placeholder(bool),
+            "remat": placeholder(str),  # none | dots | full
+        },
+        "diffusion": {
+            "kind": "gaussian",  # gaussian | flow
+            "schedule": "linear",  # linear | scaled_linear | cosine
+            "zero_terminal_snr": False,
+            "prediction_type": "eps",  # eps | v | x0
+            "variance": "fixed_small",  # fixed_small | fixed_large; a learn_sigma model has learned_range
+            "snr_gamma": placeholder(float),  # Min-SNR-gamma
+            "time_sampling": "uniform",  # of flow's t: uniform | logit_normal
+        },
+        "sample": {
+            "sampler": "ddim",  # ddpm | ddim for gaussian; euler | heun for flow
+            "steps": 50,
+            "guidance": 4.0,
+            "count": 16,  # pictures a grid; labels go round
+        },
+    }
+
+
+def _text_to_image() -> dict[str, Any]:
+    """Captions to pictures or latents with a UNet, a text encoder and a fixed autoencoder: Stable Diffusion."""
+    return {
+        "base": placeholder(str),  # a diffusers folder to start from: its models, tokenizer and scheduler
+        "unet": {  # see models.UNet; of these a base leaves remat alone to be set
+            "block_out_channels": (320, 640, 1280, 1280),
+            "attention": (True, True, True, False),
+            "heads": (8, 8, 8, 8),
+            "layers_per_block": 2,
+            "transformer_depth": 1,
+            "norm_num_groups": 32,
+            "linear_projection": False,
+            "remat": "none",  # none | full
+        },
+        "text": {  # see models.CLIPText; of these a base leaves train and clip_skip to be set
+            "train": False,
+            "clip_skip": 0,
+            "vocab_size": 49408,  # at most, of a tokenizer learnt from the captions
+            "width": 768,
+            "hidden": 3072,
+            "layers": 12,
+            "heads": 12,
+            "max_length": 77,
+            "activation": "quick_gelu",  # quick_gelu | gelu
+        },
+        "vae": {"path": placeholder(str)},  # a run of one, or a diffusers vae folder; the base's when None
+        "captions": {
+            "shuffle_tags": False,  # captions are tags, joined by ", ", in a new order at each reading
+            "keep_tags": 1,  # of them, how many stay in front
+            "on_long": "error",  # error | truncate_loudly: captions beyond the tokenizer's length
+        },
+        "buckets": {
+            "use": False,  # pictures of many shapes, about data.image_size squared in area
+            "step": 64,  # what their sides are multiples of
+            "max_ratio": 2.0,
+        },
+        "diffusion": {
+            # both are the base's when None; without a base scaled_linear, as Stable Diffusion's, and eps
+            "schedule": placeholder(str),  # linear | scaled_linear | cosine
+            "prediction_type": placeholder(str),  # eps | v | x0
+            "zero_terminal_snr": False,
+            "snr_gamma": placeholder(float),  # Min-SNR-gamma
+            "caption_dropout": 0.1,
+            "noise_offset": 0.0,
+            "input_perturbation": 0.0,
+            "timestep_bias": {
+                "strategy": "none",  # none | later | earlier | range
+                "multiplier": 1.0,
+                "begin": 0,  # of range
+                "end": 1000,
+                "portion": 0.25,  # of later and earlier
+            },
+        },
+        "sample": {
+            "scheduler": "ddim",  # see diffusion.SCHEDULERS
+            "steps": 50,
+            "guidance": 7.5,
+            "prompts": ("a red apple", "a house by the sea", "a portrait of a woman", "a dog in the snow"),
+        },
+    }
+
+
+def _autoencoder() -> dict[str, Any]:
+    """Pictures to latents and back: AutoencoderKL with a PatchGAN."""
+    return {
+        "vae": {
+            "block_out_channels": (128, 256, 512, 512),  # a level each, from the picture's size down by halves
+            "layers_per_block": 2,
+            "latent_channels": 4,
+            "norm_num_groups": 32,
+        },
+        "loss": {
+            "kl_weight": 1e-6,
+            "edge_weight": 0.0,  # of our stand-in for LPIPS, see tasks/autoencoder_loss.py; 0 leaves it out
+        },
+        "lpips": {
+            "path": placeholder(str),  # safetensors of VGG16 and LPIPS' weights, a file or a folder; None: no LPIPS
+            "weight": 1.0,
+        },
+        "gan": {
+            "start": 50_001,  # the first step with a discriminator
+            "weight": 0.5,  # times the adaptive weight
+            "width": 64,
+        },
+        "heldout": {
+            "path": placeholder(str),  # pictures for psnr and ssim; openmoji's are those that data.split=train leaves
+            "count": 256,
+        },
+        "sample": {"count": 16},  # held-out pictures a grid
+    }
+
+
+TASKS = {"class_to_image": _class_to_image, "text_to_image": _text_to_image, "autoencoder": _autoencoder}
+"""What can be trained, and the keys that only it has."""
 CHOICES = {
     "precision": ("fp32", "bf16"),
-    "data.name": ("openmoji", "imagefolder", "tfds", "latents"),
+    "data.name": ("openmoji", "captions", "imagefolder", "tfds", "latents"),
+    "data.split": ("all", "train", "heldout"),
     "diffusion.kind": ("gaussian", "flow"),
     "diffusion.schedule": ("linear", "scaled_linear", "cosine"),
     "diffusion.prediction_type": ("eps", "v", "x0"),
     "diffusion.variance": ("fixed_small", "fixed_large"),
     "diffusion.time_sampling": ("uniform", "logit_normal"),
+    "diffusion.timestep_bias.strategy": ("none", "later", "earlier", "range"),
+    "unet.remat": ("none", "full"),
+    "captions.on_long": ("error", "truncate_loudly"),
     "optim.schedule": ("constant", "cosine", "linear"),
     "log.wandb": ("off", "online", "offline"),
 }
+"""Keys (of whichever task has them) and their values."""
 SAMPLERS = {"gaussian": ("ddpm", "ddim"), "flow": ("euler", "heun")}
 POSITIVE = (
     *("total_steps", "batch_size", "accumulate", "log_every", "sample_every", "checkpoint_every", "keep"),
     *("max_refused", "data.image_size", "optim.lr", "optim.eps", "optim.clip_norm", "sample.steps", "sample.count"),
     *("diffusion.snr_gamma", *(f"model.{field}" for field in ("patch_size", "width", "depth", "heads", "mlp_ratio"))),
+    *(f"unet.{field}" for field in ("block_out_channels", "heads", "layers_per_block", "transformer_depth")),
+    *("unet.norm_num_groups", *(f"text.{field}" for field in ("vocab_size", "width", "hidden", "layers", "heads"))),
+    *("text.max_length", "buckets.step", "diffusion.timestep_bias.multiplier"),
+    *("vae.block_out_channels", "vae.layers_per_block", "vae.latent_channels", "vae.norm_num_groups"),
+    *("gan.width", "heldout.count"),
 )
-"""Keys whose value, where one is set, is above 0."""
-NOT_NEGATIVE = ("seed", "data.workers", "optim.warmup_steps", "optim.weight_decay")
+"""Keys whose value, where one is set, is above 0: each number of a list."""
+NOT_NEGATIVE = (
+    *("seed", "data.workers", "optim.warmup_steps", "optim.weight_decay", "text.clip_skip", "captions.keep_tags"),
+    *("diffusion.noise_offset", "diffusion.input_perturbation"),
+    *("loss.kl_weight", "loss.edge_weight", "lpips.weight", "gan.start", "gan.weight"),
+)
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -118,46 +235,67 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The config that a plain nested dict (a checkpoint's record) describes; keys unknown to `default` are an error."""
-    config, known = default(), flat(default())
+    """The config that a plain nested dict (a checkpoint's record) describes; keys unknown to its task are an error.
+
+    A JSON list stands for a tuple; without a `task` it is of class_to_image.
+    """
+    config = default(values.get("task", "class_to_image"))
+    known = flat(config)
     for key, value in flat(values).items():
         if key not in known:
             raise ValueError(f"unknown config key {key!r}{nearest(key, known)}")
-        config.update_from_flattened_dict({key: value})
+        config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
     return config
 
 
 def check(config: Config, devices: int = 1) -> None:
     """Raises a ValueError of one line for the first key whose value cannot work, `devices` being the mesh's size."""
     values = flat(config)
-    choices = CHOICES | {"sample.sampler": SAMPLERS.get(values["diffusion.kind"], ())}
+    known = flat(default(values["task"]))
+    if values.keys() != known.keys():
+        wrong = sorted(values.keys() ^ known.keys())
+        raise ValueError(
+            f"task={values['task']!r} has other keys than this config ({wrong[0]}): start from default(task)"
+        )
+    choices = CHOICES | {"sample.sampler": SAMPLERS.get(values.get("diffusion.kind", ""), ())}
     for key, allowed in choices.items():
-        if values[key] not in allowed:
+        if key in values and values[key] not in allowed and not (values[key] is None and known[key] is None):
             raise ValueError(f"{key}={values[key]!r} is not one of {list(allowed)}{nearest(str(values[key]), allowed)}")
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key}={value} is not a finite number")
     for key in POSITIVE:
-        if values[key] is not None and not values[key] > 0:
-            raise ValueError(f"{key}={values[key]} must be above 0")
+        value = values.get(key)
+        if value is not None and not all(v > 0 for v in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{key}={value} must be above 0")
     for key in NOT_NEGATIVE:
-        if values[key] < 0:
+        if values.get(key, 0) < 0:
             raise ValueError(f"{key}={values[key]} must not be below 0")
-    for key in ("ema.decay", "data.max_bad_rate", "model.label_dropout"):
-        if values[key] is not None and not 0 <= values[key] <= 1:
-            raise ValueError(f"{key}={values[key]} must lie between 0 and 1")
+    for key in ("ema.decay", "data.max_bad_rate", "model.label_dropout", "diffusion.caption_dropout"):
+        value = values.get(key)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{key}={value} must lie between 0 and 1")
     for key in ("optim.b1", "optim.b2"):
         if not 0 <= values[key] < 1:
             raise ValueError(f"{key}={values[key]} must be at least 0 and below 1")
+    if values["task"] == "class_to_image":
+        _check_diffusion(values)
+    if values["data.name"] != "openmoji" and values["data.split"] != "all":
+        raise ValueError(
+            f"data.split={values['data.split']!r} is openmoji's; data.name={values['data.name']!r} has one split"
+        )
+    if values["data.name"] != "openmoji" and not values["data.path"]:
+        raise ValueError(f"data.path is missing, and data.name={values['data.name']!r} needs it: --config.data.path=…")
+    check_batch(config.batch_size, config.accumulate, devices)
+
+
+def _check_diffusion(values: dict[str, Any]) -> None:
     if values["diffusion.zero_terminal_snr"] and values["diffusion.prediction_type"] == "eps":
         raise ValueError(
             "diffusion.prediction_type='eps' is undefined with diffusion.zero_terminal_snr; use 'v' or 'x0'"
         )
     if values["diffusion.kind"] == "gaussian" and values["sample.steps"] > 1000:
         raise ValueError(f"sample.steps={values['sample.steps']} is more than the schedule's 1000")
-    if values["data.name"] in ("imagefolder", "tfds", "latents") and not values["data.path"]:
-        raise ValueError(f"data.path is missing, and data.name={values['data.name']!r} needs it: --config.data.path=…")
-    check_batch(config.batch_size, config.accumulate, devices)
 
 
 def check_batch(batch_size: int, accumulate: int, devices: int) -> None:
@@ -193,10 +331,13 @@ def load_file(path: str) -> Config:
 
 def override(config: Config, key: str, text: str) -> None:
     """Sets `key` (as `optim.lr`) to what `text` says, which must be of the key's type; `none` empties an optional key.
+    A key of several numbers takes them by comma, as `--config.vae.block_out_channels=32,64`.
 
     ValueError names an unknown key with the nearest that exists, or the type that was expected.
     """
     known = flat(config)
+    if key == "task":
+        raise ValueError("task is set by the config file, whose other keys depend on it; choose another --config")
     if key not in known:
         groups = {k.rsplit(".", i)[0] for k in known for i in range(1, k.count(".") + 1)}
         hint = f"; it is a group of {[k for k in known if k.startswith(key + '.')]}" if key in groups else ""
@@ -205,11 +346,13 @@ def override(config: Config, key: str, text: str) -> None:
     group = config
     for parent in parents:
         group = group[parent]
-    kind = group.get_type(name)
-    if text.lower() == "none" and flat(default()).get(key, text) is None:
+    if text.lower() == "none" and flat(default(config.task)).get(key, text) is None:
         group[name] = None
+    elif isinstance(group[name], tuple):
+        kind = type(group[name][0])
+        group[name] = tuple(_parse(key, part.strip(), kind) for part in text.strip("()[] ").rstrip(",").split(","))
     else:
-        group[name] = _parse(key, text, kind)
+        group[name] = _parse(key, text, group.get_type(name))
 
 
 def _parse(key: str, text: str, kind: type) -> Any:

@@ -36,13 +36,14 @@ class Window:
         self.values.append(dict(metrics))
 
     def means(self) -> dict[str, float]:
-        """The means over the window, the loss also by quarter of the noise level; empties it."""
+        """The means over the window, the loss also by quarter of the noise level where there is one; empties it."""
         if not self.values:
             return {}
         first = self.values[0]
         means = {k: float(np.mean([v[k] for v in self.values])) for k in first if not k.startswith("quarter_")}
-        sums, counts = (np.sum([v[k] for v in self.values], axis=0) for k in ("quarter_sums", "quarter_counts"))
-        means |= {f"loss_quarter_{i + 1}": float(sums[i] / counts[i]) for i in range(4) if counts[i]}
+        if "quarter_sums" in first:
+            sums, counts = (np.sum([v[k] for v in self.values], axis=0) for k in ("quarter_sums", "quarter_counts"))
+            means |= {f"loss_quarter_{i + 1}": float(sums[i] / counts[i]) for i in range(4) if counts[i]}
         self.values = []
         return means
 
@@ -50,8 +51,9 @@ class Window:
 class Meter:
     """Steps, images and model FLOPs a second since the last reading, without the time spent on saving and sampling."""
 
-    def __init__(self, model: Any, batch_size: int, peak: float | None):
-        self.flops, self.batch_size, self.peak = 6.0 * model.macs() * batch_size, batch_size, peak
+    def __init__(self, macs: int, batch_size: int, peak: float | None):
+        """macs: of a record's forward pass; a training step's FLOPs are counted as six times that."""
+        self.flops, self.batch_size, self.peak = 6.0 * macs * batch_size, batch_size, peak
         self.steps, self._start, self._waited = 0, time.perf_counter(), 0.0
 
     @contextlib.contextmanager

@@ -9,7 +9,8 @@ from typing import Any
 
 from jdiff.logbook import read_metrics
 
-CURVES = ("loss", "mse", "vb", "grad_norm", "lr", "images_per_second")
+HIDDEN = ("step", "steps_per_second", "model_flops_per_second", "data_wait_share", "mfu")
+"""Of a record's numbers, those without a curve."""
 QUARTERS = tuple(f"loss_quarter_{i}" for i in range(1, 5))
 MOST_GRIDS = 12
 
@@ -43,12 +44,14 @@ td{{padding:0 1rem 0 0;font-family:ui-monospace,monospace;font-size:13px}}</styl
 
 
 def _curves(records: list[dict[str, Any]]) -> str:
-    """The curves as a base64 PNG: one panel a metric, the loss by noise-level quarter in one."""
+    """The curves as a base64 PNG: one panel a metric, the loss first and by noise-level quarter (if there are) last."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in CURVES if any(name in r for r in records)]
-    panels = [(name, [name]) for name in names] + [("loss by quarter of the noise level", list(QUARTERS))]
+    found = {name for record in records for name in record} - {*HIDDEN, *QUARTERS}
+    panels = [(name, [name]) for name in sorted(found, key=lambda name: (name != "loss", name))]
+    if any(name in record for record in records for name in QUARTERS):
+        panels.append(("loss by quarter of the noise level", list(QUARTERS)))
     columns = 3
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")

@@ -1,4 +1,4 @@
-"""Training: the state, one step as a free function, and the loop around it.
+"""Training: the state, one step as a free function, and the loop around it. What is trained is a task's: see `tasks`.
 
 The loop gives the device its next step before it reads the last one's metrics. What a step does depends on
 (config, step) alone: the batch's order and crops, the noise, the dropped labels, all are derived from the seed and the
@@ -7,6 +7,7 @@ step's number, so a run that was stopped anywhere goes on as if it had not been.
 
 import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -18,19 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jdiff import checkpoint, data, models, optim, sharding, tree
+from jdiff import checkpoint, data, optim, sharding, tree
 from jdiff import config as configs
-from jdiff.diffusion.process import Process, make_process
 from jdiff.interrupt import Signals, Stopped
 from jdiff.logbook import Logbook
 from jdiff.meter import Meter, Window, peak_flops
 from jdiff.optim import Ema
-from jdiff.pipelines import ClassPipeline, grid, save_png
+from jdiff.pipelines import save_png
 from jdiff.report import write_report
+from jdiff.tasks import GradientFn, Task, make_task
 
 log = logging.getLogger(__name__)
-LossFn = Callable[[Any, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
-"""(parameters, batch, keys_B) -> per-sample arrays (B,): `loss`, its parts, and `time`, the noise level in [0, 1]."""
 
 
 @jax.tree_util.register_dataclass
@@ -64,27 +63,10 @@ class TrainState:
         )
 
 
-def init_state(model: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """A fresh state: the model's initialisation, its frozen leaves apart, the average starting as a copy."""
-    full = model.init(key, *model.dummy_inputs())["params"]
-    params, frozen = tree.set_apart(full, model.frozen)
+def init_state(task: Task, tx: optax.GradientTransformation, key: jax.Array, given: Any) -> TrainState:
+    """A fresh state: the task's initialisation, its frozen leaves apart, the average starting as a copy."""
+    params, frozen = tree.set_apart(task.init(key, given), task.frozen)
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, tx.init(params), jax.tree.map(jnp.copy, params))
-
-
-def class_loss(model: Any, process: Process) -> LossFn:
-    """The loss of a class-conditional model on batches of `image` (uint8) or `latent`, and `label`."""
-
-    def loss(params: Any, batch: Mapping[str, jax.Array], keys_B: jax.Array) -> dict[str, jax.Array]:
-        x_0_BHWC = batch["latent"] if "latent" in batch else batch["image"].astype(jnp.float32) / 127.5 - 1.0
-        keys_B2 = jax.vmap(jax.random.split)(keys_B)
-        y_B = batch["label"]
-        if model.null_label is not None:
-            drop_B = jax.vmap(jax.random.uniform)(keys_B2[:, 0]) < model.label_dropout
-            y_B = jnp.where(drop_B, model.null_label, y_B)
-        model_fn = lambda x_BHWC, t_B: model.apply({"params": params}, x_BHWC, t_B, y_B)  # noqa: E731
-        return process.losses(model_fn, x_0_BHWC, keys_B2[:, 1])
-
-    return loss
 
 
 def sample_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
@@ -97,7 +79,7 @@ def train_step(
     state: TrainState,
     batch: Mapping[str, jax.Array],
     *,
-    loss_fn: LossFn,
+    gradient: GradientFn,
     tx: optax.GradientTransformation,
     ema: Ema,
     seed: int,
@@ -107,25 +89,23 @@ def train_step(
     """One update from a batch of global arrays (B, ...), in `accumulate` micro-batches.
 
     When the loss or the gradient is not finite the step is refused: only the step's number moves on. Metrics: the mean of
-    each loss, `grad_norm`, `refused` (0 or 1), and sums and counts of the loss by quarter of the noise level.
+    each loss, `grad_norm`, `refused` (0 or 1), and, where a noise level comes with the losses, sums and counts of the loss
+    by quarter of it.
     """
-    rows = batch["label"].shape[0]
+    rows = jax.tree.leaves(batch)[0].shape[0]
     keys_B = sample_keys(seed, state.step, rows)
 
-    def total(params: Any, batch: Any, keys_B: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        losses = loss_fn(tree.merge(params, state.frozen), batch, keys_B)
-        return losses["loss"].mean(), losses
-
-    gradient = jax.value_and_grad(total, has_aux=True)
     if accumulate == 1:
-        (loss, losses), grads = gradient(state.params, batch, keys_B)
+        grads, losses = gradient(state.params, state.frozen, batch, keys_B, state.step)
+        loss = losses["loss"].mean()
     else:
         # rows are dealt round, so that each device's rows of a micro-batch are rows it already holds
         deal = lambda x: jnp.moveaxis(x.reshape(rows // accumulate, accumulate, *x.shape[1:]), 1, 0)  # noqa: E731
 
         def body(total_grads: Any, micro: Any) -> tuple[Any, Any]:
-            (loss, losses), grads = gradient(state.params, *micro)
-            return jax.tree.map(jnp.add, total_grads, grads), (loss, losses)
+            part, keys = micro
+            grads, losses = gradient(state.params, state.frozen, part, keys, state.step)
+            return jax.tree.map(jnp.add, total_grads, grads), (losses["loss"].mean(), losses)
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, (loss_A, losses) = jax.lax.scan(body, zeros, jax.tree.map(deal, (dict(batch), keys_B)))
@@ -148,34 +128,13 @@ def train_step(
         keep(opt_state, state.opt_state),
         keep(ema_params, state.ema_params),
     )
-    quarter_B4 = (jnp.clip(losses["time"] * 4, 0, 3).astype(jnp.int32)[:, None] == jnp.arange(4)).astype(jnp.float32)
     metrics = {name: values_B.mean() for name, values_B in losses.items() if name != "time"}
-    metrics |= {
-        "loss": loss,
-        "grad_norm": norm,
-        "refused": 1.0 - fine,
-        "quarter_sums": losses["loss"] @ quarter_B4,
-        "quarter_counts": quarter_B4.sum(0),
-    }
+    metrics |= {"loss": loss, "grad_norm": norm, "refused": 1.0 - fine}
+    if "time" in losses:
+        quarter_B4 = jnp.clip(losses["time"] * 4, 0, 3).astype(jnp.int32)[:, None] == jnp.arange(4)
+        quarter_B4 = quarter_B4.astype(jnp.float32)
+        metrics |= {"quarter_sums": losses["loss"] @ quarter_B4, "quarter_counts": quarter_B4.sum(0)}
     return new, metrics
-
-
-def make_model(config: configs.Config, source: data.Source) -> Any:
-    """The config's model for pictures (or latents) of the source's shape and number of classes."""
-    height, _, channels = source.shape
-    return models.create(
-        config.model.name,
-        image_size=height,
-        channels=channels,
-        num_classes=source.num_classes,
-        dtype={"fp32": jnp.float32, "bf16": jnp.bfloat16}[config.precision],
-        **overrides(config),
-    )
-
-
-def overrides(config: configs.Config) -> dict[str, Any]:
-    """The model's fields that the config sets."""
-    return {key: value for key, value in config.model.items() if key != "name" and value is not None}
 
 
 class Setup:
@@ -184,25 +143,17 @@ class Setup:
     Raises ValueError for a config or data set that cannot work.
     """
 
-    def __init__(self, config: configs.Config):
+    def __init__(self, config: configs.Config, workdir: Path | None = None):
         self.config = config
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
         configs.check(config, self.mesh.size)
-        # before a long listing: all that can be said of the model without the pictures' size, for which 0 stands
-        named = models.create(config.model.name, image_size=0, **overrides(config))
-        if config.sample.guidance != 1 and named.null_label is None:
-            raise ValueError(
-                f"sample.guidance={config.sample.guidance} needs an unconditional label, and model.label_dropout=0 has none: "
-                "use --config.sample.guidance=1"
-            )
-        self.source = data.open_source(config.data.name, path=config.data.path, image_size=config.data.image_size)
-        self.model = make_model(config, self.source)
-        self.process = make_process(config.diffusion, self.model.learn_sigma)
+        self.task = make_task(config, self.mesh, workdir)
+        self.source = self.task.source
         o = config.optim
         self.lr = optim.make_schedule(o.schedule, o.lr, o.warmup_steps, config.total_steps)
         self.tx = optim.make_optimizer(self.lr, o.weight_decay, o.b1, o.b2, o.eps)
-        self.init = partial(init_state, self.model, self.tx)
-        self.shapes = jax.eval_shape(self.init, jax.random.key(0))
+        self.init = partial(init_state, self.task, self.tx)
+        self.shapes = jax.eval_shape(self.init, jax.random.key(0), {})
         self.placed = sharding.shardings(self.mesh, self.shapes)
 
     @property
@@ -212,15 +163,17 @@ class Setup:
         return jax.tree.map(place, self.shapes, self.placed).items()
 
     def fresh_state(self) -> TrainState:
-        """A state initialised from the seed, straight onto the mesh."""
-        return jax.jit(self.init, out_shardings=self.placed)(jax.random.key(self.config.seed))
+        """A state initialised from the seed and what the task is given, straight onto the mesh."""
+        given = self.task.given()
+        given = jax.device_put(given, sharding.shardings(self.mesh, given))
+        return jax.jit(self.init, out_shardings=self.placed)(jax.random.key(self.config.seed), given)
 
     @cached_property
     def step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
         """The jitted `train_step` of this config; the state that goes in is donated."""
         step = partial(
             train_step,
-            loss_fn=class_loss(self.model, self.process),
+            gradient=self.task.gradient,
             tx=self.tx,
             ema=Ema(self.config.ema.decay, self.config.ema.warmup),
             seed=self.config.seed,
@@ -247,41 +200,30 @@ class Setup:
             process_count=jax.process_count(),
             bad_log=workdir / "bad_images.jsonl",
             max_bad_rate=self.config.data.max_bad_rate,
+            transform=self.task.transform,
         )
 
-    def pipeline(self) -> ClassPipeline:
-        """A sampler whose parameters are given call by call."""
-        preview = getattr(self.source, "preview", None)
-        names = self.source.class_names
-        return ClassPipeline(self.model, None, self.process, mesh=self.mesh, class_names=names, preview=preview)
-
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint records of the run, beside its arrays."""
-        fields = ("image_size", "channels", "num_classes")
-        return {
-            "config": self.config.to_dict(),
-            "model": {"name": self.config.model.name, **{field: getattr(self.model, field) for field in fields}},
-            "class_names": list(self.source.class_names),
-            "data_fingerprint": self.source.fingerprint,
-        }
+    def facts(self, measures: Mapping[str, float]) -> dict[str, Any]:
+        """What a checkpoint records of the run, beside its arrays. measures: the task's, of the parameters at hand."""
+        return {"config": self.config.to_dict(), "measures": dict(measures), **self.task.facts(measures)}
 
     def describe(self) -> str:
         """One line: model, size, precision, devices, data."""
         shape, size = dict(self.mesh.shape), tree.count((self.shapes.params, self.shapes.frozen))
         return (
-            f"{self.config.model.name}: {size:,} parameters, {self.config.precision}, {self.mesh.size} device(s) as {shape}, "
+            f"{self.task.title}: {size:,} parameters, {self.config.precision}, {self.mesh.size} device(s) as {shape}, "
             f"{len(self.source):,} records of {self.source.num_classes} classes from {self.source.name}"
         )
 
 
 def compare_runs(setup: Setup, meta: Mapping[str, Any], workdir: Path) -> None:
     """Raises where the workdir's checkpoint is of another model; says what else differs from it."""
-    now, then = setup.facts(), meta
-    same = ("remat", "scan_layers")  # how a model is run, not what it is
-    known = ({**configs.flat(f["config"]["model"]), **f["model"]} for f in (now, then))
-    new, old = ({key: value for key, value in facts.items() if key not in same} for facts in known)
+    now, then = json.loads(json.dumps(setup.facts({}))), meta
+    same = ("remat", "scan_layers", "scaling_factor")  # how a model is run, or measured, not what it is
+    known = (configs.flat(facts["models"]) for facts in (now, then))
+    new, old = ({k: v for k, v in facts.items() if k.rsplit(".")[-1] not in same} for facts in known)
     if new != old:
-        wrong = [f"{key} {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
+        wrong = [f"{key} {old.get(key)} -> {new.get(key)}" for key in {**new, **old} if old.get(key) != new.get(key)]
         raise checkpoint.CheckpointError(
             f"{workdir} holds checkpoints of another model ({', '.join(wrong)}); "
             "choose another --workdir, or the config it was made with"
@@ -315,13 +257,20 @@ class Run:
     def __init__(self, setup: Setup, workdir: Path, state: TrainState, window: Window, book: Logbook, checkpoints: Any):
         self.setup, self.workdir, self.state, self.window = setup, workdir, state, window
         self.book, self.checkpoints = book, checkpoints
-        self.config, self.pipe = setup.config, setup.pipeline()
-        self.meter = Meter(setup.model, self.config.batch_size, peak_flops(list(setup.mesh.devices.flat)))
+        self.config, self.task = setup.config, setup.task
+        self.meter = Meter(setup.task.macs(), self.config.batch_size, peak_flops(list(setup.mesh.devices.flat)))
         self.refused = 0
         self.last_grid: Path | None = None
 
-    def read(self, step: int, metrics: Mapping[str, jax.Array], index: jax.Array, waited: float) -> None:
-        """A finished step's metrics: into the window, the bar and, at its cadence, the record."""
+    def read(
+        self,
+        step: int,
+        metrics: Mapping[str, jax.Array],
+        index: jax.Array,
+        waited: float,
+        measures: Mapping[str, float],
+    ) -> None:
+        """A finished step's metrics: into the window, the bar and, at its cadence or with `measures`, the record."""
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         self.book.bar.update()
         if values.pop("refused"):
@@ -338,33 +287,25 @@ class Run:
         else:
             self.refused = 0
             self.window.add(values)
-        if step % self.config.log_every == 0 or step == self.config.total_steps:
-            record = {**self.window.means(), "lr": float(np.asarray(self.setup.lr(step - 1)))}
+        if step % self.config.log_every == 0 or step == self.config.total_steps or measures:
+            record = {**self.window.means(), **measures, "lr": float(np.asarray(self.setup.lr(step - 1)))}
             self.book.write(step, record, self.meter.read(waited))
 
-    def save(self, step: int) -> None:
-        """Starts a checkpoint."""
-        self.checkpoints.save(step, self.state.items(), {**self.setup.facts(), "window": self.window.values})
+    def average(self) -> Any:
+        """The full tree with the averaged parameters."""
+        return tree.merge(self.state.ema_params, self.state.frozen)
 
-    def sample(self, step: int) -> None:
-        """A grid from the average, always of the same labels and noise."""
-        settings = self.config.sample
-        labels = [i % self.setup.model.num_classes for i in range(settings.count)]
-        samples = self.pipe(
-            labels,
-            steps=settings.steps,
-            guidance_scale=settings.guidance,
-            sampler=settings.sampler,
-            seed=self.config.seed,
-            params=tree.merge(self.state.ema_params, self.state.frozen),
-        )
+    def save(self, step: int, measures: Mapping[str, float]) -> None:
+        """Starts a checkpoint."""
+        facts = {**self.setup.facts(measures), "window": self.window.values}
+        self.checkpoints.save(step, self.state.items(), facts)
+
+    def sample(self, step: int, measures: Mapping[str, float]) -> None:
+        """The task's pictures from the average."""
+        image, facts = self.task.grid(self.average())
         self.last_grid = self.workdir / "samples" / f"step_{step:08d}.png"
         if jax.process_index() == 0:
-            classes = self.setup.model.num_classes
-            image = grid(self.pipe.pictures(samples), columns=classes if 4 <= classes <= 16 else None)  # a column each
-            save_png(
-                image, self.last_grid, {"step": step, "seed": self.config.seed, "labels": labels, **settings.to_dict()}
-            )
+            save_png(image, self.last_grid, {"step": step, "seed": self.config.seed, **facts, **measures})
             self.book.picture(step, "samples", image)
             write_report(self.workdir, configs.flat(self.config.to_dict()))
 
@@ -375,7 +316,7 @@ def fit(config: configs.Config, workdir: Path) -> Path:
     Raises ValueError for a config, data set or workdir that cannot work, `Stopped` when a signal ended the run after a
     save, FloatingPointError after config.max_refused refused steps in a row.
     """
-    setup = Setup(config)
+    setup = Setup(config, workdir)
     with Signals() as signals, checkpoint.Checkpoints(workdir, config.keep) as checkpoints:
         state, window = resume(setup, checkpoints)
         start = int(state.step)
@@ -394,25 +335,27 @@ def fit(config: configs.Config, workdir: Path) -> Path:
                     run.state, metrics = setup.step(run.state, batch)
                 book.bar.set_description(None, refresh=False)
                 if pending is not None:
-                    run.read(*pending, batches.wait_seconds)
+                    run.read(*pending, batches.wait_seconds, {})
                 pending = (step, metrics, batch["index"])
                 run.meter.steps += 1
                 last, stop = step == config.total_steps, signals.caught
                 saving = last or stop is not None or step % config.checkpoint_every == 0
                 sampling = stop is None and (last or step % config.sample_every == 0)
                 if saving or sampling:
-                    run.read(*pending, batches.wait_seconds)
+                    with run.meter.paused():
+                        measures = run.task.measure(run.average())
+                    run.read(*pending, batches.wait_seconds, measures if sampling else {})
                     pending = None
                     with run.meter.paused():
                         if saving:
-                            run.save(step)
+                            run.save(step, measures)
                         if sampling:
-                            run.sample(step)
+                            run.sample(step, measures)
                 if stop is not None:
                     checkpoints.wait()
                     raise Stopped(stop, step)
             if run.last_grid is None:
-                run.sample(start)
+                run.sample(start, run.task.measure(run.average()))
             assert run.last_grid is not None
             grid_path = run.last_grid
     log.info("report: %s", workdir / "report.html")

@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    *({"train"}, {"evaluate"}, {"loading"}, {"pipelines"}, {"convert"}, {"checkpoint"}),
-    *({"report"}, {"logbook", "meter", "interrupt", "runtime"}, {"data"}, {"config"}),
+    *({"train"}, {"tasks"}, {"evaluate"}, {"loading"}, {"pipelines"}, {"convert"}, {"checkpoint"}),
+    *({"report"}, {"logbook", "meter", "interrupt", "runtime"}, {"data"}, {"tokens"}, {"config"}),
     *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights"}, {"tree"}),
     {"paths", "version"},
 )

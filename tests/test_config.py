@@ -86,9 +86,14 @@ def test_an_optional_key_can_be_emptied_and_set_again():
         assert config.optim.clip_norm == value
 
 
+def having(key):
+    """The default of a task that has this key."""
+    return next(c for c in map(configs.default, configs.TASKS) if key in configs.flat(c))
+
+
 @pytest.mark.parametrize("key", configs.CHOICES)
 def test_each_choice_is_checked(key):
-    config = configs.default()
+    config = having(key)
     configs.override(config, key, configs.CHOICES[key][-1] + "x")
     with pytest.raises(ValueError) as error:
         configs.check(config)
@@ -118,14 +123,28 @@ def test_the_sampler_must_fit_the_kind():
     ],
 )
 def test_a_value_that_cannot_work_is_named(key, text):
-    config = configs.default()
+    config = having(key)
     configs.override(config, key, text)
     with pytest.raises(ValueError) as error:
         configs.check(config)
     assert f"{key}=" in _line(error)
 
 
-@pytest.mark.parametrize("name", ["imagefolder", "tfds", "latents"])
+def test_only_openmoji_has_splits():
+    config = configs.default()
+    config.data.update(name="imagefolder", path="somewhere", split="train")
+    with pytest.raises(ValueError, match=r"data\.split='train'.*'imagefolder'"):
+        configs.check(config)
+
+
+def test_the_task_is_the_config_files():
+    with pytest.raises(ValueError, match="task is set by the config file"):
+        configs.override(configs.default(), "task", "class_to_image")
+    with pytest.raises(ValueError, match=r"task='class_to_imag' is unknown \(did you mean 'class_to_image'"):
+        configs.default("class_to_imag")
+
+
+@pytest.mark.parametrize("name", ["captions", "imagefolder", "tfds", "latents"])
 def test_a_source_of_files_needs_a_path(name):
     config = configs.default()
     config.data.name = name
@@ -151,8 +170,8 @@ def test_each_config_is_sound_and_says_how_it_is_run(path):
     if config.data.name != "openmoji":
         config.data.path = "somewhere"
     configs.check(config)
-    assert config.model.name in list_models()
-    assert set(configs.flat(config)) == set(configs.flat(configs.default()))
+    assert config.task != "class_to_image" or config.model.name in list_models()
+    assert set(configs.flat(config)) == set(configs.flat(configs.default(config.task)))
     docstring = runpy.run_path(str(path))["__doc__"]
     assert f"python launch.py --config configs/{path.name}" in docstring and "arXiv" in docstring
     again = configs.from_dict(json.loads(json.dumps(config.to_dict())))

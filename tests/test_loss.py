@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from jdiff import diffusion
+from jdiff.diffusion.process import Process
+from jdiff.diffusion.schedule import TimestepBias
 
 # The edges, and every regime of the bound: the decoder's likelihood at 0, then the KL term.
 T = np.array([0, 0, 0, 1, 2, 10, 100, 400, 700, 998, 999])
@@ -196,3 +198,100 @@ def test_bad_input_is_one_clear_line():
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+def _process_losses(process, x_0, keys):
+    """(losses, what the model was given) of `Process.losses` for a model that gives a quarter of its input."""
+    seen = {}
+
+    def model(x, t):
+        seen["x_t"], seen["t"] = np.asarray(x), np.asarray(t)
+        return x / 4
+
+    losses = process.losses(model, x_0, keys)
+    return {name: np.asarray(value) for name, value in losses.items()}, seen
+
+
+@pytest.mark.parametrize("prediction_type", ["eps", "v", "x0"])
+@pytest.mark.parametrize(("offset", "gamma"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.05, 0.2)])
+def test_offset_and_perturbed_noise_equal_numpy(prediction_type, offset, gamma):
+    """Offset noise is in the input and in the target; the perturbation in the input alone (2301.11706, algorithm 1)."""
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 5)
+        x_0 = jax.random.normal(jax.random.key(1), (5, 4, 6, 3), jnp.float64)
+        process = Process(
+            diffusion.make_schedule("scaled_linear"),
+            prediction_type,
+            noise_offset=offset,
+            input_perturbation=gamma,
+        )
+        losses, seen = _process_losses(process, x_0, keys)
+        draws = jax.vmap(lambda key: jax.random.split(key, 4))(keys)
+        normal = lambda i, shape: np.asarray(  # noqa: E731
+            jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float64))(draws[:, i])
+        )
+        noise = normal(0, (4, 6, 3)) + offset * normal(2, (3,)).reshape(5, 1, 1, 3)
+        more = normal(3, (4, 6, 3))
+    x_0, t = np.asarray(x_0), seen["t"]
+    abar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[t].reshape(-1, 1, 1, 1)
+    x_t = np.sqrt(abar) * x_0 + np.sqrt(1 - abar) * (noise + gamma * more)
+    target = {"eps": noise, "x0": x_0, "v": np.sqrt(abar) * noise - np.sqrt(1 - abar) * x_0}[prediction_type]
+    np.testing.assert_allclose(seen["x_t"], x_t, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(losses["loss"], np.square(x_t / 4 - target).mean((1, 2, 3)), rtol=1e-8)
+
+
+def test_offset_noise_shifts_each_channel_by_its_own_number():
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    shift = np.asarray(diffusion.offset_noise(keys, jnp.zeros((20_000, 2, 2, 3)), 0.1))
+    assert (shift == shift[:, :1, :1]).all()
+    means = shift[:, 0, 0]
+    np.testing.assert_allclose(means.std(0), 0.1, rtol=0.03)
+    assert np.abs(np.corrcoef(means.T) - np.eye(3)).max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("bias", "chosen", "multiplier"),
+    [
+        (TimestepBias("later", 4.0, portion=0.25), slice(750, 1000), 4.0),
+        (TimestepBias("earlier", 0.5, portion=0.1), slice(0, 100), 0.5),
+        (TimestepBias("range", 3.0, begin=200, end=500), slice(200, 500), 3.0),
+        (TimestepBias("later", 2.0, portion=1.0), slice(0, 1000), 2.0),
+    ],
+)
+def test_timesteps_are_drawn_with_their_bias(bias, chosen, multiplier):
+    """As diffusers' training script weighs them: ones, times the multiplier where chosen, over their sum."""
+    torch = pytest.importorskip("torch")
+    weights = torch.ones(1000, dtype=torch.float64)
+    weights[chosen] *= multiplier
+    weights /= weights.sum()
+    np.testing.assert_allclose(bias.probabilities(1000), weights.numpy(), rtol=1e-12)
+    keys = jax.random.split(jax.random.key(0), 100_000)
+    t = np.asarray(diffusion.sample_timesteps(keys, 1000, bias))
+    assert t.dtype == np.int32 and t.min() >= 0 and t.max() <= 999
+    inside = np.zeros(1000, bool)
+    inside[chosen] = True
+    assert abs(inside[t].mean() - float(weights[chosen].sum())) < 0.01
+    tens, expected = np.bincount(t // 10, minlength=100), weights.numpy().reshape(100, 10).sum(1)
+    assert np.abs(tens / len(t) - expected).max() < 0.002
+    _, seen = _process_losses(
+        Process(diffusion.make_schedule("linear"), timestep_bias=bias), jnp.zeros((2000, 1, 1, 1)), keys[:2000]
+    )
+    assert abs(inside[seen["t"]].mean() - float(weights[chosen].sum())) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("bias", "said"),
+    [
+        (TimestepBias("sooner", 2.0), "unknown timestep bias 'sooner'; choose from later, earlier, range"),
+        (TimestepBias("later", 0.0), "multiplier of 0.0"),
+        (TimestepBias("later", 2.0, portion=0.0), "portion=0.0, 0 of 1000"),
+        (TimestepBias("earlier", 2.0, portion=1.5), "portion=1.5"),
+        (TimestepBias("range", 2.0, begin=500, end=500), "range 500 to 500"),
+        (TimestepBias("range", 2.0, begin=-1, end=500), "range -1 to 500"),
+        (TimestepBias("range", 2.0, begin=0, end=1001), "range 0 to 1001"),
+    ],
+)
+def test_a_bias_that_cannot_be_is_one_line(bias, said):
+    with pytest.raises(ValueError, match=said) as error:
+        bias.probabilities(1000)
+    assert "\n" not in str(error.value)

@@ -1,10 +1,11 @@
-"""tools/sample.py: pictures by label, however they are batched and written."""
+"""tools/sample.py: pictures by label and by prompt, however they are batched and written."""
 
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_sd import make_folder
 
 SAMPLE = "tools/sample.py"
 
@@ -87,6 +88,7 @@ def test_raw_weights_are_others(commands, run, tmp_path):
         (["--step", "7"], "no checkpoint of step 7"),
         (["--steps", "100000"], "100000"),
         (["--guidance-interval", "0.8", "0.2"], "interval"),
+        (["--prompt", "a fox"], "--prompt: the model in"),
     ],
 )
 def test_a_mistake_is_one_line(commands, run, tmp_path, arguments, said):
@@ -102,3 +104,97 @@ def test_a_folder_without_a_run_is_one_line(commands, tmp_path, path):
     result = commands.run(SAMPLE, tmp_path / path)
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert str(tmp_path) in result.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Stable Diffusion in diffusers' folder; 8 x 8 latents, 16 x 16 pictures."""
+    return make_folder(tmp_path_factory.mktemp("sd"))
+
+
+def opened(path):
+    """A PNG's pixels and the facts in it."""
+    with Image.open(path) as image:
+        image.load()
+        return np.asarray(image).astype(int), json.loads(image.info["jdiff"])
+
+
+def test_a_picture_by_prompt(commands, folder, tmp_path):
+    out = tmp_path / "new" / "fox.png"
+    arguments = ("--prompt", "a (red:1.3) fox", "--negative", "blue", "--scheduler", "euler", "--size", "16x24")
+    result = commands.run(SAMPLE, folder, *arguments, "--steps", 3, "--seed", 4, "--guidance", 3, "--out", out)
+    assert result.returncode == 0 and result.stdout.strip() == f"picture: {out}", result.stderr
+    assert "3/3" in result.stderr
+    pixels, facts = opened(out)
+    assert pixels.shape == (16, 24, 3) and pixels.std() > 5
+    expected = {"prompt": "a (red:1.3) fox", "negative_prompt": "blue", "seed": 4, "index": 0, "steps": 3}
+    expected |= {"scheduler": "euler", "guidance_scale": 3.0, "height": 16, "width": 24, "run": str(folder)}
+    assert expected.items() <= facts.items() and len(facts["model"]) == 16
+
+
+def test_prompts_go_round_and_batches_do_not_matter(commands, folder, tmp_path):
+    prompts = ("--prompt", "a fox", "--prompt", "the moon", "--steps", 2, "--scheduler", "euler_ancestral")
+    made = {}
+    for batch, devices in ((3, 1), (2, 2)):
+        out = tmp_path / f"{batch}-{devices}"
+        result = commands.run(
+            SAMPLE, folder, *prompts, "--num", 3, "--batch-size", batch, "--png-dir", out, devices=devices
+        )
+        assert result.returncode == 0, result.stderr
+        made[out.name] = [opened(path) for path in sorted(out.iterdir())]
+    whole = made["3-1"]
+    assert [facts["prompt"] for _, facts in whole] == ["a fox", "the moon", "a fox"]
+    assert [facts["index"] for _, facts in whole] == [0, 1, 2]
+    assert np.abs(whole[0][0] - whole[2][0]).max() > 5
+    for parts in made.values():
+        for (a, _), (b, _) in zip(parts, whole, strict=True):
+            assert np.abs(a - b).max() <= 1
+    result = commands.run(SAMPLE, folder, *prompts, "--out", tmp_path / "grid.png", "--npz", tmp_path / "a.npz")
+    assert "2 pictures" in result.stdout and "sample grid" in result.stdout, result.stderr
+    assert opened(tmp_path / "grid.png")[1]["prompt"] == ["a fox", "the moon"]
+    with np.load(tmp_path / "a.npz") as found:
+        assert found["prompt"].tolist() == ["a fox", "the moon"]
+        assert np.abs(found["arr_0"].astype(int) - np.stack([pixels for pixels, _ in whole[:2]])).max() <= 1
+
+
+def test_from_a_picture_and_within_a_mask(commands, folder, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    image.save(tmp_path / "image.png")
+    Image.new("L", image.size, 255).save(tmp_path / "mask.png")
+    Image.new("L", (30, 10), 255).save(tmp_path / "other.png")
+    common = (SAMPLE, folder, "--prompt", "a fox", "--image", tmp_path / "image.png", "--steps", 2)
+    result = commands.run(*common, "--strength", 0.5, "--out", tmp_path / "a.png")
+    assert result.returncode == 0, result.stderr
+    pixels, facts = opened(tmp_path / "a.png")
+    assert pixels.shape == (20, 30, 3) and facts["strength"] == 0.5 and not facts["mask"]
+    masked = (*common, "--mask", tmp_path / "mask.png", "--size", "16", "--out", tmp_path / "b.png")
+    result = commands.run(*masked)
+    assert result.returncode == 0, result.stderr
+    pixels, facts = opened(tmp_path / "b.png")
+    assert pixels.shape == (16, 16, 3) and facts["strength"] == 1.0
+    assert facts["mask"] == str(tmp_path / "mask.png") and facts["image"] == str(tmp_path / "image.png")
+    result = commands.run(*common, "--mask", tmp_path / "other.png", "--out", tmp_path / "c.png")
+    assert result.returncode == 2 and "mask is 10 x 30" in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--prompt: the model in"),
+        (["--labels", "1"], "--labels: the model in"),
+        (["--prompt", "a", "--sampler", "ddim"], "--sampler: the model in"),
+        (["--prompt", "a", "--size", "big"], "--size=big"),
+        (["--prompt", "a", "--size", "15"], "height=15"),
+        (["--prompt", "a", "--mask", "m.png"], "m.png"),
+        (["--prompt", "a", "--strength", "0.5"], "strength=0.5 without image"),
+        (["--prompt", "a", "--scheduler", "eular"], "'euler'"),
+        (["--prompt", "a", "--step", "5"], "step=5"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_with_prompts_is_one_line(commands, folder, tmp_path, arguments, said):
+    result = commands.run(SAMPLE, folder, *arguments, "--out", tmp_path / "grid.png")
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("sample.py: ") and said in last, result.stderr
+    assert not (tmp_path / "grid.png").exists()

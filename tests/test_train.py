@@ -21,6 +21,8 @@ from jdiff import checkpoint, models, optim, train, tree
 from jdiff import config as configs
 from jdiff.diffusion.process import make_process
 from jdiff.layers import sincos_positions_2d
+from jdiff.tasks import class_to_image, mean_gradient
+from jdiff.tasks.class_to_image import class_loss
 
 SPEED = ("steps_per_second", "images_per_second", "model_flops_per_second", "data_wait_share", "mfu")
 
@@ -37,18 +39,23 @@ def make_batch(rows=8, seed=0):
 
 
 class Small:
-    """A model of two blocks, its loss and its optimizer; the state is the same at each `state()`."""
+    """A task: a model of two blocks and its loss. Also its optimizer; the state is the same at each `state()`."""
 
     def __init__(self, kind="gaussian", lr=1e-3):
         fields = {"image_size": 8, "channels": 3, "num_classes": 2, "width": 32, "depth": 2, "heads": 2}
         self.model = models.create("DiT-S/2", **fields)
         settings = configs.default().diffusion
         settings.kind = kind
-        self.loss_fn = train.class_loss(self.model, make_process(settings, learn_sigma=True))
+        self.frozen = "dit/pos_embed"
+        self.loss_fn = class_loss(self.model, make_process(settings, learn_sigma=True))
+        self.gradient = mean_gradient(self.loss_fn)
         self.tx = optim.make_optimizer(optim.make_schedule("constant", lr, 0, 100), 0.01)
 
+    def init(self, key, given):
+        return {"dit": self.model.init(key, *self.model.dummy_inputs())["params"]}
+
     def state(self, noise=0.02):
-        state = train.init_state(self.model, self.tx, jax.random.key(0))
+        state = train.init_state(self, self.tx, jax.random.key(0), {})
         # off the official initialisation, whose zeros hide most of the gradient
         keys = iter(jax.random.split(jax.random.key(1), 100))
         params = jax.tree.map(lambda x: x + noise * jax.random.normal(next(keys), x.shape), state.params)
@@ -56,7 +63,7 @@ class Small:
 
     def step(self, **options):
         ema = optim.Ema(0.9)
-        return jax.jit(partial(train.train_step, loss_fn=self.loss_fn, tx=self.tx, ema=ema, seed=0, **options))
+        return jax.jit(partial(train.train_step, gradient=self.gradient, tx=self.tx, ema=ema, seed=0, **options))
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +137,12 @@ def test_a_step_that_is_not_finite_changes_nothing(small, small_step, poison):
 
 def test_an_infinite_gradient_of_a_finite_loss_is_refused(small):
     def loss_fn(params, batch, keys_B):
-        losses = small.loss_fn(params, batch, keys_B)
-        root = jnp.sqrt(jnp.abs(params["final_linear"]["bias"][0] - params["final_linear"]["bias"][0]))
+        losses, bias = small.loss_fn(params, batch, keys_B), params["dit"]["final_linear"]["bias"]
+        root = jnp.sqrt(jnp.abs(bias[0] - bias[0]))
         return {**losses, "loss": losses["loss"] + root}  # 0, but its derivative is not finite
 
-    step = jax.jit(partial(train.train_step, loss_fn=loss_fn, tx=small.tx, ema=optim.Ema(), seed=0))
+    gradient = mean_gradient(loss_fn)
+    step = jax.jit(partial(train.train_step, gradient=gradient, tx=small.tx, ema=optim.Ema(), seed=0))
     state = small.state()
     new, metrics = step(state, make_batch())
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"]) and metrics["refused"] == 1
@@ -181,7 +189,7 @@ def test_labels_are_dropped_at_the_models_rate():
             return jnp.concatenate([x_BHWC, x_BHWC], -1)
 
     batch = {"image": jnp.zeros((4000, 2, 2, 3), jnp.uint8), "label": jnp.ones(4000, jnp.int32)}
-    train.class_loss(Spy(), process)({}, batch, train.sample_keys(0, jnp.int32(0), 4000))
+    class_loss(Spy(), process)({"dit": {}}, batch, train.sample_keys(0, jnp.int32(0), 4000))
     dropped = float((seen[0] == 2).mean())
     assert abs(dropped - 0.25) < 0.03 and set(np.unique(seen[0])) == {1, 2}
 
@@ -208,8 +216,8 @@ def test_refused_steps_are_named_and_end_the_run(image_folder, tmp_path, monkeyp
 
         return loss
 
-    original = train.class_loss
-    monkeypatch.setattr(train, "class_loss", poisoned)
+    original = class_loss
+    monkeypatch.setattr(class_to_image, "class_loss", poisoned)
     with caplog.at_level(logging.WARNING), pytest.raises(FloatingPointError) as error:
         train.fit(tiny_config(image_folder, max_refused=3), tmp_path)
     assert "3 steps in a row" in str(error.value) and "step 3" in str(error.value) and "\n" not in str(error.value)
@@ -376,7 +384,7 @@ def test_load_gives_the_average_or_the_raw_parameters(whole, caplog):
     meta = checkpoint.read_meta(workdir, 60)
     expected = {"ema_params": average, "params": raw}
     for item, params in expected.items():
-        sums = tree.checksums({item: params})
+        sums = tree.checksums({item: {"dit": params}})
         kept = {k: v for k, v in meta["checksums"].items() if k.startswith(f"{item}/")}
         assert {k: v for k, v in sums.items() if not k.endswith("pos_embed")} == kept
     assert not same(average, raw) and model.image_size == 8 and model.num_classes == 2
@@ -400,7 +408,7 @@ def test_positions_are_kept_and_never_trained(whole):
     _, params = jdiff.load(whole[0])
     np.testing.assert_array_equal(params["pos_embed"], sincos_positions_2d(32, 4, 4)[None].astype(np.float32))
     meta = checkpoint.read_meta(whole[0], 60)
-    assert "frozen/pos_embed" in meta["arrays"]
+    assert "frozen/dit/pos_embed" in meta["arrays"]
     assert not [p for p in meta["arrays"] if "pos_embed" in p and not p.startswith("frozen/")]
 
 

@@ -5,9 +5,11 @@ from jdiff.diffusion.loss import flow_loss, gaussian_loss, snr_weight
 from jdiff.diffusion.sampler import ddim, ddpm, flow_euler, flow_heun
 from jdiff.diffusion.schedule import (
     Schedule,
+    TimestepBias,
     add_noise,
     keep_timesteps,
     make_schedule,
+    offset_noise,
     prediction_target,
     respace,
     sample_noise,
@@ -22,6 +24,7 @@ __all__ = [
     "Plan",
     "Schedule",
     "Scheduler",
+    "TimestepBias",
     "add_noise",
     "ddim",
     "ddpm",
@@ -33,6 +36,7 @@ __all__ = [
     "keep_timesteps",
     "make_schedule",
     "make_scheduler",
+    "offset_noise",
     "prediction_target",
     "respace",
     "sample_noise",

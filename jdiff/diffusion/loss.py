@@ -30,6 +30,7 @@ def gaussian_loss(
     prediction_type: str = "eps",
     variance: str = "learned_range",
     snr_gamma: float | None = None,
+    input_noise_BHWC: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Loss of a discrete diffusion model at given timesteps and noise, each entry of shape (B,).
 
@@ -39,6 +40,9 @@ def gaussian_loss(
     diffusion/gaussian_diffusion.py; IDDPM, 2102.09672, section 3.1). `loss` = Min-SNR weight * mse + vb; the
     weight is 1 unless `snr_gamma` is given (2303.09556).
 
+    `input_noise` is the noise in x_t where it is not the target's: with noise + gamma * xi, xi another normal draw, that is
+    input perturbation (2301.11706, algorithm 1), which likens training to the errors of sampling.
+
     Raises:
       ValueError: unknown names, wrong number of channels, or eps prediction at zero terminal SNR.
     """
@@ -46,7 +50,7 @@ def gaussian_loss(
     check_choice("variance", variance, VARIANCES)
     x_0, noise = upcast(x_0_BHWC), upcast(noise_BHWC)
     channels = x_0.shape[-1]
-    x_t = add_noise(schedule, x_0, noise, t_B)
+    x_t = add_noise(schedule, x_0, noise if input_noise_BHWC is None else input_noise_BHWC, t_B)
     out = upcast(model_fn(x_t, jnp.asarray(schedule.timesteps)[t_B]))
     expected = (*x_0.shape[:-1], 2 * channels if variance == "learned_range" else channels)
     if out.shape != expected:

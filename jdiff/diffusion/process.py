@@ -11,13 +11,19 @@ from jdiff.diffusion.sampler import ddim, ddpm, flow_euler, flow_heun
 from jdiff.diffusion.schedule import (
     ModelFn,
     Schedule,
+    TimestepBias,
     make_schedule,
+    offset_noise,
     respace,
     sample_noise,
     sample_times,
     sample_timesteps,
 )
+from jdiff.diffusion.schedulers import STABLE_DIFFUSION_V1, Scheduler, make_scheduler
+from jdiff.diffusion.schedulers.scheduler import CLASSES
 
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+"""Our names and diffusers'."""
 SAMPLERS = {"gaussian": ("ddpm", "ddim"), "flow": ("euler", "heun")}
 
 
@@ -26,6 +32,8 @@ class Process:
     """Gaussian diffusion (`schedule` given) or flow matching (`schedule` None).
 
     variance: "learned_range" for a model with two halves, else "fixed_small" or "fixed_large".
+    noise_offset: see `offset_noise`. input_perturbation: the gamma of `gaussian_loss`'s `input_noise`. Both are Gaussian
+    diffusion's alone, as is timestep_bias.
     """
 
     schedule: Schedule | None
@@ -33,6 +41,9 @@ class Process:
     variance: str = "fixed_small"
     snr_gamma: float | None = None
     time_sampling: str = "uniform"
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    timestep_bias: TimestepBias | None = None
 
     @property
     def samplers(self) -> tuple[str, ...]:
@@ -41,12 +52,18 @@ class Process:
 
     def losses(self, model_fn: ModelFn, x_0_BHWC: jax.Array, keys_B: jax.Array) -> dict[str, jax.Array]:
         """Per-sample `loss` and its parts, and `time`, the noise level in [0, 1]: all from each sample's own key."""
-        keys_B2 = jax.vmap(jax.random.split)(keys_B)
-        noise_BHWC = sample_noise(keys_B2[:, 0], x_0_BHWC.shape[1:], x_0_BHWC.dtype)
+        keys_B4 = jax.vmap(lambda key: jax.random.split(key, 4))(keys_B)
+        noise_BHWC = sample_noise(keys_B4[:, 0], x_0_BHWC.shape[1:], x_0_BHWC.dtype)
         if self.schedule is None:
-            t_B = sample_times(keys_B2[:, 1], self.time_sampling)
+            t_B = sample_times(keys_B4[:, 1], self.time_sampling)
             return {**flow_loss(model_fn, x_0_BHWC, t_B, noise_BHWC), "time": 1.0 - t_B}
-        t_B = sample_timesteps(keys_B2[:, 1], len(self.schedule))
+        t_B = sample_timesteps(keys_B4[:, 1], len(self.schedule), self.timestep_bias)
+        if self.noise_offset:
+            noise_BHWC = offset_noise(keys_B4[:, 2], noise_BHWC, self.noise_offset)
+        input_noise_BHWC = None
+        if self.input_perturbation:
+            more_BHWC = sample_noise(keys_B4[:, 3], noise_BHWC.shape[1:], noise_BHWC.dtype)
+            input_noise_BHWC = noise_BHWC + self.input_perturbation * more_BHWC
         losses = gaussian_loss(
             model_fn,
             self.schedule,
@@ -56,6 +73,7 @@ class Process:
             prediction_type=self.prediction_type,
             variance=self.variance,
             snr_gamma=self.snr_gamma,
+            input_noise_BHWC=input_noise_BHWC,
         )
         return {**losses, "time": t_B / len(self.schedule)}
 
@@ -84,3 +102,46 @@ def make_process(settings: Mapping[str, Any], learn_sigma: bool) -> Process:
         "learned_range" if learn_sigma else settings["variance"],
         settings["snr_gamma"],
     )
+
+
+def make_text_scheduler(settings: Mapping[str, Any], kind: str, base: Mapping[str, Any] | None = None) -> Scheduler:
+    """The scheduler `kind` that fits a model trained under a text task's `diffusion`.
+
+    base: the `scheduler_config.json` that training starts from, Stable Diffusion v1's when None; a None in `settings` keeps what
+    it says. ValueError for settings that do not go together, or that `kind` does not have.
+    """
+    config = dict(STABLE_DIFFUSION_V1 if base is None else base)
+    if settings["schedule"] is not None:
+        limits = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "cosine": (0.0001, 0.02)}
+        name = {"cosine": "squaredcos_cap_v2"}.get(settings["schedule"], settings["schedule"])
+        start, end = limits[settings["schedule"]]
+        config |= {"beta_schedule": name, "beta_start": start, "beta_end": end}
+    if settings["prediction_type"] is not None:
+        config["prediction_type"] = PREDICTION_TYPES[settings["prediction_type"]]
+    if settings["zero_terminal_snr"]:
+        # a schedule that ends in pure noise must be entered at its end (arXiv:2305.08891, section 3.3)
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return make_scheduler(kind, config)
+
+
+def make_text_process(settings: Mapping[str, Any], scheduler: Scheduler) -> Process:
+    """The process of a text task's `diffusion`, on the noise schedule of `scheduler`; for its losses."""
+    ours = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
+    bias = settings["timestep_bias"]
+    return Process(
+        scheduler.schedule,
+        ours[scheduler.settings.prediction_type],
+        snr_gamma=settings["snr_gamma"],
+        noise_offset=settings["noise_offset"],
+        input_perturbation=settings["input_perturbation"],
+        timestep_bias=None if bias["strategy"] == "none" else TimestepBias(**bias),
+    )
+
+
+def scheduler_record(scheduler: Scheduler) -> dict[str, Any]:
+    """The diffusers `scheduler_config.json` that `schedulers.from_config` makes this scheduler of."""
+    kind, more = scheduler.kind, {}
+    if kind.startswith("dpmpp_2m"):
+        kind, more = "dpmpp_2m", {"algorithm_type": "sde-dpmsolver++" if kind.endswith("sde") else "dpmsolver++"}
+    names = {kind: name for name, kind in CLASSES.items()}
+    return {**dict(scheduler.given), **more, "_class_name": names[kind]}

@@ -18,6 +18,7 @@ PREDICTION_TYPES = ("eps", "v", "x0")
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
 SPACINGS = ("sections", "leading", "trailing")
 TIME_KINDS = ("uniform", "logit_normal")
+TIMESTEP_BIASES = ("later", "earlier", "range")
 
 ModelFn = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -226,9 +227,61 @@ def split_prediction(
     return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t
 
 
-def sample_timesteps(keys_B: jax.Array, num_timesteps: int) -> jax.Array:
-    """Uniform integers in [0, num_timesteps), int32 (B,); each from its sample's own typed key."""
-    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_timesteps, jnp.int32))(keys_B)
+@dataclasses.dataclass(frozen=True)
+class TimestepBias:
+    """Which timesteps are drawn more often, or less, in training (diffusers' `--timestep_bias_strategy`).
+
+    strategy: "later" or "earlier", the last or first `portion` of all timesteps; "range", those from `begin` to before `end`.
+    multiplier: how often one of them is drawn, against one of the others.
+    """
+
+    strategy: str
+    multiplier: float
+    begin: int = 0
+    end: int = 1000
+    portion: float = 0.25
+
+    def probabilities(self, num_timesteps: int) -> np.ndarray:
+        """Float64 (num_timesteps,). ValueError for an unknown strategy, or settings that choose no timestep."""
+        check_choice("timestep bias", self.strategy, TIMESTEP_BIASES)
+        if not self.multiplier > 0:
+            raise ValueError(f"the timestep bias has a multiplier of {self.multiplier}; it must be above 0")
+        weights = np.ones(num_timesteps)
+        if self.strategy == "range":
+            if not 0 <= self.begin < self.end <= num_timesteps:
+                raise ValueError(
+                    f"the timestep bias has the range {self.begin} to {self.end}; it must lie in 0..{num_timesteps}"
+                )
+            weights[self.begin : self.end] = self.multiplier
+        else:
+            chosen = int(self.portion * num_timesteps)
+            if not 0 < chosen <= num_timesteps:
+                raise ValueError(
+                    f"the timestep bias has portion={self.portion}, {chosen} of {num_timesteps} timesteps; "
+                    "it must lie above 0 and be at most 1"
+                )
+            start = 0 if self.strategy == "earlier" else num_timesteps - chosen
+            weights[start : start + chosen] = self.multiplier
+        return weights / weights.sum()
+
+
+def sample_timesteps(keys_B: jax.Array, num_timesteps: int, bias: TimestepBias | None = None) -> jax.Array:
+    """Integers in [0, num_timesteps), int32 (B,), uniform but for `bias`; each from its sample's own typed key."""
+    if bias is None:
+        return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_timesteps, jnp.int32))(keys_B)
+    below = np.cumsum(bias.probabilities(num_timesteps))[:-1]  # the last is 1, above every draw
+    u_B = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys_B)
+    return jnp.searchsorted(jnp.asarray(below, jnp.float32), u_B, side="right").astype(jnp.int32)
+
+
+def offset_noise(keys_B: jax.Array, noise_BHWC: jax.Array, offset: float) -> jax.Array:
+    """`noise` plus `offset` times one standard normal number for each sample and channel, from the sample's own key.
+
+    So that a model learns to change a picture's mean (crosslabs.org, "Diffusion with Offset Noise").
+    """
+    B, C = noise_BHWC.shape[0], noise_BHWC.shape[-1]
+    ones = (1,) * (noise_BHWC.ndim - 2)
+    return noise_BHWC + offset * sample_noise(keys_B, (C,), noise_BHWC.dtype).reshape(B, *ones, C)
 
 
 def sample_times(keys_B: jax.Array, kind: str = "uniform") -> jax.Array:

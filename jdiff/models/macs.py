@@ -1,6 +1,7 @@
 """Multiply-accumulates of a model's forward pass, counted in its traced program: matrix products and convolutions."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,12 @@ import numpy as np
 def macs(model: Any, *inputs: Any) -> int:
     """Of one `model(*inputs)`; inputs are arrays or shapes. Nothing is computed."""
     variables = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), *inputs)
-    return _count(jax.make_jaxpr(model.apply)(variables, *inputs).jaxpr)
+    return macs_of(model.apply, variables, *inputs)
+
+
+def macs_of(function: Callable[..., Any], *inputs: Any) -> int:
+    """Of one call of any function that JAX can trace."""
+    return _count(jax.make_jaxpr(function)(*inputs).jaxpr)
 
 
 def _count(jaxpr: Any) -> int:

@@ -1,33 +1,20 @@
 """From labels to pictures. One denoising loop serves every caller: the training loop's grids, the tools, a user's script."""
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from jdiff import diffusion, sharding
 from jdiff.diffusion.process import Process
+from jdiff.pipelines.pictures import to_uint8
+from jdiff.pipelines.rows import gather, spread
 
 Preview = Callable[[np.ndarray], np.ndarray]
-
-
-def to_uint8(x_BHWC: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0..255, rounded; FloatingPointError when a number is not finite."""
-    if not np.isfinite(x_BHWC).all():
-        bad = [i for i, x in enumerate(x_BHWC) if not np.isfinite(x).all()]
-        raise FloatingPointError(
-            f"picture(s) {bad} hold NaN or infinity: the weights are not sound, or precision is too low"
-        )
-    return np.clip(np.round((np.asarray(x_BHWC, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 class ClassPipeline:
@@ -91,19 +78,13 @@ class ClassPipeline:
             )
         if not len(labels):
             raise ValueError("labels is empty: give at least one")
-        count = len(labels)
-        padded = math.ceil(count / self.mesh.size) * self.mesh.size
-        rows = np.arange(padded)
         inputs = {
-            "label": np.asarray(labels, np.int32)[rows % count],
-            "index": (first_index + rows % count).astype(np.uint32),
+            "label": np.asarray(labels, np.int32),
+            "index": (first_index + np.arange(len(labels))).astype(np.uint32),
         }
-        each = padded // jax.process_count()
-        mine = slice(jax.process_index() * each, (jax.process_index() + 1) * each)
-        inputs = sharding.put_batch(self.mesh, {name: array[mine] for name, array in inputs.items()})
         x_BHWC = self._denoise(
             self.params if params is None else params,
-            inputs,
+            spread(self.mesh, inputs),
             jax.random.key(seed),
             guidance_scale=float(guidance_scale),
             guidance_channels=guidance_channels,
@@ -112,7 +93,7 @@ class ClassPipeline:
             sampler=sampler or self.process.samplers[-1 if self.process.schedule is not None else 0],
             steps=steps,
         )
-        return gather(x_BHWC)[:count]
+        return gather(x_BHWC)[: len(labels)]
 
     def pictures(self, samples_BHWC: np.ndarray) -> np.ndarray:
         """Samples -> uint8 RGB (B, H', W', 3)."""
@@ -147,35 +128,3 @@ def _denoise(
         interval=guidance_interval,
     )
     return process.sample(denoise, x_T, keys_B2[:, 1], sampler, steps).astype(jnp.float32)
-
-
-def gather(x: jax.Array) -> np.ndarray:
-    """A global array as numpy, on every process."""
-    if jax.process_count() == 1:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
-def grid(pictures_BHWC: np.ndarray, columns: int | None = None, least: int = 64, gap: int = 2) -> Image.Image:
-    """Pictures side by side on white, near square unless `columns` is given; small ones enlarged to at least `least` pixels."""
-    B, H, W, _ = pictures_BHWC.shape
-    across = min(B, columns or math.ceil(math.sqrt(B)))
-    rows, zoom = math.ceil(B / across), max(1, math.ceil(least / max(H, W)))
-    sheet = Image.new("RGB", (across * (W * zoom + gap) + gap, rows * (H * zoom + gap) + gap), "white")
-    for i, picture in enumerate(pictures_BHWC):
-        row, column = divmod(i, across)
-        tile = Image.fromarray(picture).resize((W * zoom, H * zoom), Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + column * (W * zoom + gap), gap + row * (H * zoom + gap)))
-    return sheet
-
-
-def save_png(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
-    """Writes a PNG whole or not at all, `facts` in its text chunk `jdiff`."""
-    info = PngInfo()
-    info.add_text("jdiff", json.dumps(facts))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".tmp")
-    image.save(partial_path, format="PNG", pnginfo=info)
-    partial_path.replace(path)
