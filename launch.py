@@ -69,7 +69,7 @@ def main() -> int:
 
     from jdiff import interrupt, runtime, train
 
-    runtime.prepare()
+    runtime.prepare(runtime.cpu_devices(config.batch_size // config.accumulate, config.mesh.data, config.mesh.fsdp))
     main_process = jax.process_index() == 0
     logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s", force=True)
     try:

@@ -1,19 +1,24 @@
-"""A small autoencoder of OpenMoji."""
+"""A small autoencoder of OpenMoji at 64x64, f4 with 4 channels (arXiv:2112.10752), made in minutes on two CPU cores.
+
+    python launch.py --config configs/vae_openmoji.py --workdir runs/vae
+
+Trained on nine tenths of the emoji; psnr and ssim are of the others. It does without LPIPS, whose weights do not come with
+jdiff: on drawings of flat colours and hard edges L1 alone is sharp, and the PatchGAN of the last fifth does the rest. The
+checkpoint's `scaling_factor` is what its latents are multiplied by for a diffusion model.
+"""
 
 from jdiff.config import default
 
 
 def get_config():
     config = default("autoencoder")
-    config.total_steps = 1_000
-    config.batch_size = 16
-    config.log_every = 25
-    config.sample_every = 250
-    config.checkpoint_every = 500
+    config.total_steps = 3_000
+    config.batch_size = 8
+    config.log_every = 50
+    config.sample_every = config.checkpoint_every = 600
     config.data.update(image_size=64, split="train")
-    config.vae.update(block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=8)
-    config.loss.update(kl_weight=1e-6)
-    config.gan.update(start=800, width=32)
-    config.optim.update(lr=1e-3, schedule="cosine", warmup_steps=50, b1=0.5, b2=0.9)
+    config.vae.update(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8)
+    config.gan.update(start=2_400, width=16)
+    config.optim.update(lr=1.5e-3, schedule="cosine", warmup_steps=100, b1=0.9, b2=0.99)
     config.ema.update(decay=0.99, warmup=True)
     return config

@@ -1,0 +1,26 @@
+"""How a CPU is split into devices."""
+
+import os
+
+import pytest
+
+from jdiff import runtime
+
+
+@pytest.mark.parametrize(
+    ("cores", "rows", "mesh", "devices"),
+    [
+        (2, 8, (-1, 1), 2),
+        (2, 7, (-1, 1), 1),  # does not divide
+        (2, 6, (-1, 1), 1),  # three rows are not worth a device
+        (6, 64, (-1, 1), 4),  # the largest divisor, not all cores
+        (8, 64, (-1, 1), 8),
+        (8, 64, (1, 1), 1),  # as asked for
+        (8, 64, (2, 4), 8),
+        (2, 64, (2, 4), 1),  # more than the machine has: the mesh's own error says so
+        (8, 64, (0, 4), 1),
+    ],
+)
+def test_a_core_a_device_where_rows_divide(monkeypatch, cores, rows, mesh, devices):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    assert runtime.cpu_devices(rows, *mesh) == devices
