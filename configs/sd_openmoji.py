@@ -17,7 +17,7 @@ from jdiff.config import default
 
 def get_config():
     config = default("text_to_image")
-    config.total_steps = 4_000
+    config.total_steps = 3_000
     config.batch_size = 32
     config.log_every = 50
     config.sample_every = config.checkpoint_every = 500

@@ -12,7 +12,7 @@ from jdiff import config as configs
 from jdiff.convert.files import read_json
 from jdiff.diffusion import schedulers
 from jdiff.diffusion.process import make_process
-from jdiff.pipelines import ClassPipeline, TextPipeline, place
+from jdiff.pipelines import ClassPipeline, TextPipeline
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 """A config's `precision` as the models' dtype."""
@@ -31,21 +31,28 @@ PASSED_OVER = {
 def load(
     path: str | Path, *, weights: Literal["ema", "raw"] = "ema", step: int | None = None, mesh: Mesh | None = None
 ) -> tuple[Any, Any]:
-    """(model, params) of a training run's newest whole checkpoint, or of `step`: its main model, a dit, unet or vae; or of a
-    component's folder in diffusers' layout, which has a config.json.
+    """(model, params) of a training run's newest whole checkpoint, or of `step`: its main model, a dit, unet or vae; or of any
+    checkpoint that `convert.read` reads: a diffusers folder's (of a pipeline's the dit or unet), DiT's .pt, a CompVis file's
+    UNet, or one on the hub by OWNER/NAME.
 
-    weights: the moving average, or the parameters that were being trained; of a run, as is `step`. mesh: where the arrays go
-    (replicated over the default mesh when None). Raises CheckpointError or ConversionError, in one line, when nothing there
-    can be used.
+    weights: the moving average, or the parameters that were being trained, where there are both; step is a run's. mesh: where
+    the arrays go (replicated over the default mesh when None), dtypes as stored. Raises CheckpointError or ConversionError, in
+    one line, when nothing there can be used.
     """
-    if (Path(path) / "model_index.json").exists():
-        raise ValueError(f"{path} holds several models: use jdiff.pipeline, or load one of its folders")
-    if (Path(path) / "config.json").exists():
-        _not_a_run(path, weights, step)
-        model, params = convert.load_component(path)
-        return model, place(mesh or sharding.make_mesh(), params)
-    found, meta = load_run(Path(path), weights=weights, step=step, mesh=mesh)
+    path = convert.locate(path, weights)
+    if _is_foreign(path):
+        if path.is_dir():
+            _not_a_run(path, weights, step)
+        bundle = convert.read(path, weights=weights)
+        part = bundle.parts[bundle.main]
+        return part.module, convert.put(part.params, sharding.replicated(mesh or sharding.make_mesh()))
+    found, meta = load_run(path, weights=weights, step=step, mesh=mesh)
     return found[meta["main"]]
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether `convert.read` is to open it, not the checkpoint manager."""
+    return path.is_file() or any((path / name).exists() for name in ("config.json", "model_index.json"))
 
 
 def load_run(
@@ -94,17 +101,22 @@ def pipeline(
     mesh: Mesh | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
     vae_precision: Literal["fp32", "bf16"] = "fp32",
+    tokenizer: str | Path | None = None,
 ) -> ClassPipeline | TextPipeline:
-    """A sampler for a training run, with its own settings of the diffusion, or for a Stable Diffusion in diffusers' layout.
+    """A sampler for a training run, with its own settings of the diffusion, or for any checkpoint that `convert.read` reads:
+    Stable Diffusion in diffusers' layout or in CompVis' single file, or a DiT, which samples as the official code does.
 
     weights, step: of a run, as in `load`. mesh: all devices when None. precision: of the models' work: the run's own, or
-    "fp32" for a folder, when None. vae_precision: of the autoencoder's. Raises CheckpointError, ConversionError or ValueError,
-    in one line, for what is missing or not supported.
+    "fp32" for others, when None. vae_precision: of the autoencoder's. tokenizer: its folder or hub repository, which a single
+    file of CompVis needs. Raises CheckpointError, ConversionError or ValueError, in one line, for what is missing or not
+    supported.
     """
-    path, mesh = Path(path), mesh or sharding.make_mesh()
+    path, mesh = convert.locate(path, weights), mesh or sharding.make_mesh()
     for name, value in (("precision", precision), ("vae_precision", vae_precision)):
         if value not in (None, *DTYPES):
             raise ValueError(f"{name}={value!r} is unknown; use {' or '.join(map(repr, DTYPES))}")
+    if path.is_file() or (path / "config.json").exists():
+        return _from_bundle(path, mesh, DTYPES[precision or "fp32"], DTYPES[vae_precision], weights, tokenizer)
     if (path / "model_index.json").exists():
         _not_a_run(path, weights, step)
         return _from_folder(path, mesh, DTYPES[precision or "fp32"], DTYPES[vae_precision])
@@ -169,6 +181,39 @@ def _from_folder(folder: Path, mesh: Mesh, dtype: Any, vae_dtype: Any) -> TextPi
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     size = (height * vae.downscale, width * vae.downscale)
     return TextPipeline(unet, vae, text, tokenizer, scheduler, params, mesh=mesh, size=size)
+
+
+def _from_bundle(
+    path: Path, mesh: Mesh, dtype: Any, vae_dtype: Any, weights: Literal["ema", "raw"], words: str | Path | None
+) -> ClassPipeline | TextPipeline:
+    """The pipeline of one file, or of a DiT's folder."""
+    bundle = convert.read(path, weights=weights, dtype=dtype)
+    where = sharding.replicated(mesh)
+    params = {name: convert.put(part.params, where) for name, part in bundle.parts.items()}
+    modules = {name: part.module for name, part in bundle.parts.items()}
+    if "dit" in modules:
+        process = make_process(configs.default().diffusion, modules["dit"].learn_sigma)
+        return ClassPipeline(modules["dit"], params["dit"], process, mesh=mesh)
+    if missing := {"unet", "vae", "text"} - set(modules):
+        raise convert.ConversionError(
+            f"{path} holds no {' and no '.join(sorted(missing))}, which making pictures takes"
+        )
+    if words is None:
+        raise ValueError(
+            f"{path} holds no tokenizer: give tokenizer=, its folder or the hub's openai/clip-vit-large-patch14"
+        )
+    folder = convert.locate(words)
+    inner = folder / "tokenizer"
+    return TextPipeline(
+        modules["unet"],
+        modules["vae"].clone(dtype=vae_dtype),
+        modules["text"],
+        tokens.Tokenizer.from_folder(inner if inner.is_dir() else folder),
+        schedulers.make_scheduler("pndm"),
+        params,
+        mesh=mesh,
+        size=512,
+    )
 
 
 def _not_a_run(path: str | Path, weights: str, step: int | None) -> None:

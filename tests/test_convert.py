@@ -10,14 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders import single_file_utils as peer
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from jdiff import convert, models, tree
+import jdiff
+from jdiff import convert, models, sharding, tree
 from jdiff.convert import bundle, engine, export
 from jdiff.convert.engine import Naming
+from jdiff.diffusion.schedulers import STABLE_DIFFUSION_V1
 from jdiff.tokens import Tokenizer
 
 DIT = {"image_size": 12, "channels": 3, "num_classes": 5, "width": 60, "depth": 3, "heads": 3}
@@ -233,6 +243,19 @@ def test_a_pipeline_comes_back(folder, tmp_path):
         )
 
 
+def test_a_dit_pipeline_comes_back(tmp_path):
+    """With the labels of its model_index.json."""
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=3, attention_head_dim=20, out_channels=8, num_layers=1, sample_size=8, num_embeds_ada_norm=5
+    )
+    DiTPipeline(transformer, AutoencoderKL(**VAE), DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    file = tmp_path / "dit" / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "id2label": {"0": "tench", "1": "goldfish"}}))
+    found = there_and_back(tmp_path / "dit", tmp_path)
+    assert list(found.parts) == ["dit", "vae"]
+    assert DiTPipeline.from_pretrained(tmp_path / "back").labels == {"tench": 0, "goldfish": 1}
+
+
 @pytest.mark.parametrize("how", ["fp16", "bin", "sharded", "sharded bin"])
 def test_a_component_comes_back(how, pipeline, tmp_path):
     model = pipeline.unet if how == "sharded" else pipeline.vae
@@ -279,7 +302,7 @@ def test_older_spellings_come_back(pipeline, tmp_path):
     assert found.reasons == {"text_model.embeddings.position_ids": "a buffer: 0, 1, 2, …"}
 
 
-def compvis(pipeline, tmp_path, folder, words):
+def compvis(pipeline, tmp_path, folder):
     """The pipeline in CompVis' names, checked with diffusers' own converter."""
     export.write(bundle.read(folder), tmp_path / "sd.safetensors", "compvis")
     state = load_file(tmp_path / "sd.safetensors")
@@ -295,7 +318,7 @@ def compvis(pipeline, tmp_path, folder, words):
 
 
 def test_compvis_names_are_those_that_diffusers_reads(pipeline, folder, words, tmp_path):
-    compvis(pipeline, tmp_path, folder, words)
+    compvis(pipeline, tmp_path, folder)
     export.write(bundle.read(tmp_path / "sd.safetensors"), tmp_path / "again", "diffusers", tokenizer=words)
     assert_same(arrays_of(tmp_path / "again"), arrays_of(folder))
     peer_pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "again")
@@ -307,9 +330,9 @@ class ModelCheckpoint:
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_a_training_s_single_file_comes_back(suffix, pipeline, folder, words, tmp_path, monkeypatch):
+def test_a_training_s_single_file_comes_back(suffix, pipeline, folder, tmp_path, monkeypatch):
     """With moving average, schedule tables, position ids, optimizer state and Lightning's callbacks."""
-    state = compvis(pipeline, tmp_path, folder, words)
+    state = compvis(pipeline, tmp_path, folder)
     average = {
         "model_ema." + "".join(name.split(".")[1:]): x + 1 for name, x in state.items() if "diffusion_model" in name
     }
@@ -350,8 +373,8 @@ def test_a_training_s_single_file_comes_back(suffix, pipeline, folder, words, tm
         assert torch.equal(kept[name], state[name] + shift)
 
 
-def test_a_single_file_s_sizes_are_told(pipeline, folder, words, tmp_path):
-    state = {name: x.half() for name, x in compvis(pipeline, tmp_path, folder, words).items()}
+def test_a_single_file_s_sizes_are_told(pipeline, folder, tmp_path):
+    state = {name: x.half() for name, x in compvis(pipeline, tmp_path, folder).items()}
     kept = {name: x for name, x in state.items() if not name.startswith("cond_stage_model")}
     path = tmp_path / "civitai.safetensors"
     save_file(kept, path)
@@ -368,8 +391,8 @@ def test_a_single_file_s_sizes_are_told(pipeline, folder, words, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
-def test_an_autoencoder_alone_comes_back(prefix, pipeline, folder, words, tmp_path):
-    state = compvis(pipeline, tmp_path, folder, words)
+def test_an_autoencoder_alone_comes_back(prefix, pipeline, folder, tmp_path):
+    state = compvis(pipeline, tmp_path, folder)
     alone = {
         prefix + name.removeprefix("first_stage_model."): x
         for name, x in state.items()
@@ -423,7 +446,7 @@ def test_exported_dit_gives_the_same_output(tmp_path):
 
 
 def test_exported_text_encoder_opens(pipeline, folder, words, tmp_path):
-    compvis(pipeline, tmp_path, folder, words)
+    compvis(pipeline, tmp_path, folder)
     export.write(bundle.read(tmp_path / "sd.safetensors"), tmp_path / "again", "diffusers", tokenizer=words)
     reread = CLIPTextModel.from_pretrained(tmp_path / "again" / "text_encoder").eval()
     ids = torch.tensor(CLIPTokenizer.from_pretrained(tmp_path / "again" / "tokenizer")("a red fox").input_ids)[None]
@@ -546,3 +569,38 @@ def test_what_a_format_cannot_hold_is_said(folder, tmp_path):
     with pytest.raises(ValueError, match="exists"):
         export.write(found, tmp_path / "sd.ckpt", "compvis")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sd.ckpt"], "nothing half-written stays"
+
+
+# Straight into use
+
+
+def test_any_format_loads_onto_a_mesh(folder, tmp_path):
+    found = bundle.read(folder)
+    export.write(found, tmp_path / "sd.safetensors", "compvis")
+    torch.save(official_dit(width=384, depth=2), tmp_path / "dit.pt")
+    mesh = sharding.make_mesh()
+    for path, kind in ((folder, "UNet"), (tmp_path / "sd.safetensors", "UNet"), (folder / "vae", "AutoencoderKL"),
+                       (tmp_path / "dit.pt", "DiT")):  # fmt: skip
+        module, params = jdiff.load(path, mesh=mesh)
+        assert type(module).__name__ == kind
+        assert not tree.differences(engine.shapes(module), params)
+        assert all(leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(params))
+    part = bundle.read(tmp_path / "dit.pt").parts["dit"]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b)), params, part.params)
+
+
+def test_one_file_makes_the_folder_s_picture(folder, words, tmp_path):
+    export.write(bundle.read(folder), tmp_path / "sd.ckpt", "compvis")
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        jdiff.pipeline(tmp_path / "sd.ckpt")
+    options = {"steps": 2, "height": 16, "width": 16, "output": "np"}
+    one = jdiff.pipeline(tmp_path / "sd.ckpt", tokenizer=words)("a red fox", **options)
+    scheduler = {"_class_name": "PNDMScheduler", **STABLE_DIFFUSION_V1}
+    export.write(bundle.read(folder), tmp_path / "v1", scheduler=scheduler)
+    np.testing.assert_array_equal(one, jdiff.pipeline(tmp_path / "v1")("a red fox", **options))
+
+
+def test_an_official_dit_samples(tmp_path):
+    torch.save(official_dit(width=384, depth=1), tmp_path / "dit.pt")
+    pictures = jdiff.pipeline(tmp_path / "dit.pt")([0, 4], steps=2)
+    assert pictures.shape == (2, 12, 12, 3) and np.isfinite(pictures).all()

@@ -36,7 +36,8 @@ def open_source(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if (path / "checkpoints").is_dir():
         from jdiff import loading
 
-        found, _ = loading.load_run(path, weights=weights or "ema")
+        found, meta = loading.load_run(path, weights=weights or "ema")
+        options["scheduler"] = meta.get("scheduler")
         if options["tokenizer"] is None and (path / "tokenizer").is_dir():
             options["tokenizer"] = path / "tokenizer"
         return bundle.from_models(found), options
@@ -92,7 +93,13 @@ def convert(args: argparse.Namespace) -> None:
         print(f"  {len(names)} more: {reason} ({names[0]}{', …' if len(names) > 1 else ''})")
     dtype, title = DTYPES.get(args.dtype), Path(args.src).name if Path(args.src).exists() else args.src
     with tqdm(
-        total=export.needs(bundle, dtype), unit="B", unit_scale=True, desc="writing", leave=False, delay=1
+        total=export.needs(bundle, dtype),
+        unit="B",
+        unit_scale=True,
+        desc="writing",
+        leave=False,
+        delay=1,
+        mininterval=0.5,
     ) as bar:
         report = export.write(bundle, args.dest, args.to, dtype=dtype, title=title, after=bar.update, **options)
     for note in report.notes:

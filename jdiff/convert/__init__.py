@@ -1,6 +1,23 @@
-"""Between PyTorch checkpoints and parameter trees: names and layouts by table, strictly, both ways."""
+"""Between PyTorch checkpoints and parameter trees: names and layouts by table, strictly, both ways. Nothing imports torch."""
 
-from jdiff.convert.engine import from_torch, to_torch
-from jdiff.convert.files import load_component, read_arrays, read_config
+from jdiff.convert.bundle import Bundle, Part, from_models, read
+from jdiff.convert.export import write
+from jdiff.convert.files import from_torch, load_component, put, read_arrays, read_config, to_torch
+from jdiff.convert.hub import locate
+from jdiff.convert.rows import ConversionError
 
-__all__ = ["from_torch", "load_component", "read_arrays", "read_config", "to_torch"]
+__all__ = [
+    "Bundle",
+    "ConversionError",
+    "Part",
+    "from_models",
+    "from_torch",
+    "load_component",
+    "locate",
+    "put",
+    "read",
+    "read_arrays",
+    "read_config",
+    "to_torch",
+    "write",
+]
