@@ -21,7 +21,7 @@ quickstart: $(VENV)/.run  ## train a small DiT on OpenMoji and make a picture (a
 	$(BIN)/python launch.py --config configs/quickstart.py
 
 test: $(VENV)/.dev lint  ## the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: $(VENV)/.dev  ## full sizes and long runs
 	$(BIN)/python -m pytest -m slow
