@@ -6,7 +6,8 @@
     python tools/sample.py runs/sd --prompt "red apple"
 
 Half an hour on two CPU cores: latent diffusion (arXiv:2112.10752) of 9.9 million parameters that learns 1,903 drawings by their
-names, as "grinning face", "japan flag", "dog face", "slice of pizza". Expected: pictures that can be told by their prompts.
+names, as "grinning face", "japan flag", "dog face", "slice of pizza". So far it learns outlines and
+rough shapes in that time, not yet colours: see docs/stable_diffusion.md.
 
 It predicts v on a schedule that ends in pure noise (arXiv:2305.08891), unweighted: on a white ground, what a drawing is of is
 decided there, by the text alone, where eps says nothing and Min-SNR gives next to no weight.
