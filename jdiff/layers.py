@@ -113,13 +113,11 @@ def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: b
         return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, is_causal=causal)
     q_BNLK, k_BNSK, v_BNSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
     L, S = q_BLNK.shape[1], k_BSNK.shape[1]
-    if causal or L * S <= MOST_SCORES:
-        return jnp.swapaxes(_attention(q_BNLK, k_BNSK, v_BNSK, causal), 1, 2)
+    chunks = 1 if causal else math.ceil(L * S / MOST_SCORES)
     # rows of zeros fill the last chunk: a query's output depends on no other query, and their cotangents are zero
-    chunks = math.ceil(L * S / MOST_SCORES)
-    rows = math.ceil(L / chunks)
-    q_BNLK = jnp.pad(q_BNLK, ((0, 0), (0, 0), (0, chunks * rows - L), (0, 0)))
-    out_BNLK: jax.Array = _chunked_attention(q_BNLK, k_BNSK, v_BNSK, chunks)
+    missing = math.ceil(L / chunks) * chunks - L
+    q_BNLK = jnp.pad(q_BNLK, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else q_BNLK
+    out_BNLK: jax.Array = _attention(q_BNLK, k_BNSK, v_BNSK, causal, chunks)
     return jnp.swapaxes(out_BNLK, 1, 2)[:, :L]
 
 
@@ -162,31 +160,26 @@ def _attend_backward(saved: Any, g_BNLK: jax.Array, causal: bool = False) -> tup
     return dq_BNLK, dk_BNSK, jnp.einsum("BNLS,BNLK->BNSK", p_BNLS.astype(dtype), g_BNLK)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool) -> jax.Array:
-    return _attend(q_BNLK, k_BNSK, v_BNSK, causal)
-
-
-def _attention_forward(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool) -> tuple[jax.Array, Any]:
-    out_BNLK = checkpoint_name(_attend(q_BNLK, k_BNSK, v_BNSK, causal), "attention")
-    return out_BNLK, (q_BNLK, k_BNSK, v_BNSK, out_BNLK)
-
-
-_attention.defvjp(_attention_forward, lambda causal, saved, g_BNLK: _attend_backward(saved, g_BNLK, causal))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked_attention(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, chunks: int) -> jax.Array:
+def _in_chunks(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool, chunks: int) -> jax.Array:
+    if chunks == 1:
+        return _attend(q_BNLK, k_BNSK, v_BNSK, causal)
     return _joined(jax.lax.map(lambda q: _attend(q, k_BNSK, v_BNSK), _split(q_BNLK, chunks)))
 
 
-def _chunked_forward(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, chunks: int) -> tuple[jax.Array, Any]:
-    out_BNLK = checkpoint_name(_chunked_attention(q_BNLK, k_BNSK, v_BNSK, chunks), "attention")
+_attention = jax.custom_vjp(_in_chunks, nondiff_argnums=(3, 4))
+
+
+def _forward(
+    q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool, chunks: int
+) -> tuple[jax.Array, Any]:
+    out_BNLK = checkpoint_name(_in_chunks(q_BNLK, k_BNSK, v_BNSK, causal, chunks), "attention")
     return out_BNLK, (q_BNLK, k_BNSK, v_BNSK, out_BNLK)
 
 
-def _chunked_backward(chunks: int, saved: Any, g_BNLK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward(causal: bool, chunks: int, saved: Any, g_BNLK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys' and values' gradients add up over the chunks."""
+    if chunks == 1:
+        return _attend_backward(saved, g_BNLK, causal)
     q_BNLK, k_BNSK, v_BNSK, out_BNLK = saved
 
     def body(sums: tuple[jax.Array, jax.Array], chunk: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -199,7 +192,7 @@ def _chunked_backward(chunks: int, saved: Any, g_BNLK: jax.Array) -> tuple[jax.A
     return _joined(dq), dk_BNSK, dv_BNSK
 
 
-_chunked_attention.defvjp(_chunked_forward, _chunked_backward)
+_attention.defvjp(_forward, _backward)
 
 
 def _split(x_BNLK: jax.Array, chunks: int) -> jax.Array:

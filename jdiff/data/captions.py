@@ -121,7 +121,25 @@ def _open(path: Path) -> Layout:
         raise DataError(f"data.path={str(path)!r} cannot be read: {error}") from error
 
 
-class Metadata:
+class _Files:
+    """What the layouts share whose pictures are files: their names, relative to a root."""
+
+    _root: Path
+    _names: Packed
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def where(self, index: int) -> str:
+        """See `Layout`."""
+        return str(self._root / os.fsdecode(self._names[index]))
+
+    def picture(self, index: int) -> str:
+        """See `Layout`."""
+        return self.where(index)
+
+
+class Metadata(_Files):
     """A `Layout`: the rows of metadata.jsonl or metadata.csv. A picture may stand in several rows; each is a record."""
 
     def __init__(self, file: Path):
@@ -153,23 +171,12 @@ class Metadata:
         self._names, self._texts = Packed(os.fsencode(name) for name in names), Texts(texts)
         self.digest = self._names.buffer + self._names.offsets.tobytes() + self._texts.digest()
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def where(self, index: int) -> str:
-        """See `Layout`."""
-        return str(self._root / os.fsdecode(self._names[index]))
-
-    def picture(self, index: int) -> str:
-        """See `Layout`."""
-        return self.where(index)
-
     def texts(self, index: int) -> list[str]:
         """See `Layout`."""
         return self._texts.of(index)
 
 
-class Sidecars:
+class Sidecars(_Files):
     """A `Layout`: pictures anywhere below a folder, each with NAME.txt beside it, which is read when the picture is."""
 
     def __init__(self, root: Path):
@@ -186,17 +193,6 @@ class Sidecars:
         )
         self._names = Packed(os.fsencode(name) for name in names)
         self.digest = self._names.buffer + self._names.offsets.tobytes()
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def where(self, index: int) -> str:
-        """See `Layout`."""
-        return str(self._root / os.fsdecode(self._names[index]))
-
-    def picture(self, index: int) -> str:
-        """See `Layout`."""
-        return self.where(index)
 
     def texts(self, index: int) -> list[str]:
         """The whole file, without the white space round it; ValueError when that is nothing."""

@@ -36,7 +36,15 @@ class Posterior:
             noise = jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(key)
         else:
             noise = jax.random.normal(key, shape, dtype)
+        return self.draw(noise)
+
+    def draw(self, noise: jax.Array) -> jax.Array:
+        """The draw that standard normal noise of the mean's shape makes."""
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
+
+    def astype(self, dtype: Any) -> "Posterior":
+        """The same moments in another dtype."""
+        return Posterior(self.mean.astype(dtype), self.logvar.astype(dtype))
 
     def kl(self) -> jax.Array:
         """KL divergence from a standard normal in nats, summed over each sample's latent: (B,)."""

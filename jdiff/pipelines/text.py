@@ -316,8 +316,7 @@ class TextPipeline:
         def encode(params: Any, x_BHWC: jax.Array, noise_BhwC: jax.Array) -> jax.Array:
             def some(pair):
                 posterior = self.vae.apply({"params": params}, pair[0], method="encode")
-                mean, logvar = (a.astype(jnp.float32) for a in (posterior.mean, posterior.logvar))
-                return (mean + jnp.exp(0.5 * logvar) * pair[1]) * self.vae.scaling_factor
+                return posterior.astype(jnp.float32).draw(pair[1]) * self.vae.scaling_factor
 
             return in_slices(some, (x_BHWC, noise_BhwC), self.mesh.size, self._at_once(*x_BHWC.shape[1:3]))
 

@@ -1,7 +1,6 @@
 """What a text task starts from: its models, with the weights that they have already, and its tokenizer."""
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from jdiff import checkpoint, convert, models, tree
+from jdiff.convert.files import read_json
 from jdiff.data import BrokenRecord, Source
 from jdiff.loading import load
 from jdiff.tokens import Tokenizer
@@ -57,21 +57,17 @@ def open_vae(path: str | None, base: Path | None, dtype: Any) -> Part:
     folder = base / "vae" if path is None and base is not None else Path(str(path))
     if not (folder / "checkpoints").is_dir():
         return from_folder(folder, "AutoencoderKL", dtype)
-    module, _ = load(folder)
+    module, params = load(folder)
     if type(module).__name__ != "AutoencoderKL":
         raise ValueError(f"vae.path={path} is a run of a {type(module).__name__}, where AutoencoderKL is needed")
-    return Part(module.clone(dtype=dtype), lambda: jax.device_get(load(folder)[1]))
+    params = jax.device_get(params)
+    return Part(module.clone(dtype=dtype), lambda: params)
 
 
 def base_scheduler(base: Path | None) -> dict[str, Any] | None:
     """The base's scheduler_config.json; None when it has none. ValueError for a file that cannot be read."""
     file = None if base is None else base / "scheduler" / "scheduler_config.json"
-    if file is None or not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+    return None if file is None or not file.is_file() else read_json(file)
 
 
 def find_tokenizer(settings: Mapping[str, Any], base: Path | None, source: Source, workdir: Path | None) -> Tokenizer:

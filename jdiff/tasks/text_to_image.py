@@ -55,9 +55,7 @@ def _latents(vae: Any, params: Any, image_BHWC: jax.Array, keys_B: jax.Array) ->
     """A draw from each picture's posterior, as the UNet has it: (B, h, w, C) in at least float32."""
     dtype = jnp.promote_types(vae.dtype, jnp.float32)
     posterior = vae.apply({"params": params}, image_BHWC.astype(dtype) / 127.5 - 1.0, method="encode")
-    mean, logvar = posterior.mean.astype(dtype), posterior.logvar.astype(dtype)
-    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], dtype))(keys_B)
-    return (mean + jnp.exp(0.5 * logvar) * noise) * vae.scaling_factor
+    return posterior.astype(dtype).sample(keys_B) * vae.scaling_factor
 
 
 class TextToImage:

@@ -11,7 +11,7 @@ import numpy as np
 
 import jdiff
 from benchmarks.timing import Row, alone, alternate, close
-from jdiff import diffusion, optim, train, tree
+from jdiff import convert, diffusion, optim, train, tree
 from jdiff.diffusion.process import Process
 from jdiff.tasks import mean_gradient
 from jdiff.tasks.class_to_image import class_loss
@@ -29,34 +29,6 @@ def random_params(model: Any, seed: int = 0) -> Any:
         return jnp.asarray(rng.normal(size=leaf.shape) * scale, jnp.float32)
 
     return tree.map_with_path(draw, shapes)
-
-
-def torch_names(params: Any) -> dict[str, np.ndarray]:
-    """A DiT's tree (of weights or gradients) under diffusers' names and layouts, blocks' embedders once, under block 0."""
-    flat = {path: np.asarray(leaf) for path, leaf in tree.flatten(params).items()}
-    out: dict[str, np.ndarray] = {"pos_embed.pos_embed": flat["pos_embed"]}
-
-    def linear(name: str, kernel: np.ndarray, bias: np.ndarray) -> None:
-        out[f"{name}.weight"], out[f"{name}.bias"] = kernel.T, bias
-
-    out["pos_embed.proj.weight"] = flat["x_embedder/kernel"].transpose(3, 2, 0, 1)
-    out["pos_embed.proj.bias"] = flat["x_embedder/bias"]
-    emb = "transformer_blocks.0.norm1.emb"
-    for i, ours in enumerate(("mlp_0", "mlp_2"), start=1):
-        linear(f"{emb}.timestep_embedder.linear_{i}", *(flat[f"t_embedder/{ours}/{x}"] for x in ("kernel", "bias")))
-    out[f"{emb}.class_embedder.embedding_table.weight"] = flat["y_embedder/embedding"]
-    for ours, theirs in (("final_adaLN_modulation", "proj_out_1"), ("final_linear", "proj_out_2")):
-        linear(theirs, flat[f"{ours}/kernel"], flat[f"{ours}/bias"])
-    for i in range(len(flat["adaLN_modulation/kernel"])):
-        block = f"transformer_blocks.{i}"
-        linear(f"{block}.norm1.linear", flat["adaLN_modulation/kernel"][i], flat["adaLN_modulation/bias"][i])
-        kernels, biases = (np.split(flat[f"blocks/attn/qkv/{x}"][i], 3, -1) for x in ("kernel", "bias"))
-        for part, kernel, bias in zip("qkv", kernels, biases, strict=True):
-            linear(f"{block}.attn1.to_{part}", kernel, bias)
-        names = {"attn/proj": "attn1.to_out.0", "mlp/fc1": "ff.net.0.proj", "mlp/fc2": "ff.net.2"}
-        for ours, theirs in names.items():
-            linear(f"{block}.{theirs}", flat[f"blocks/{ours}/kernel"][i], flat[f"blocks/{ours}/bias"][i])
-    return out
 
 
 def torch_dit(model: Any, params: Any) -> Any:
@@ -80,11 +52,8 @@ def torch_dit(model: Any, params: Any) -> Any:
     embedder.time_proj.downscale_freq_shift = 0  # the official frequencies; diffusers' own are i / 127, not i / 128
     for block in peer.transformer_blocks:
         block.norm1.emb = embedder
-    weights = {name: torch.tensor(value) for name, value in torch_names(params).items()}
-    peer.pos_embed.pos_embed.copy_(weights.pop("pos_embed.pos_embed"))
-    missing, unexpected = peer.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if ".norm1.emb." not in name]
-    assert not missing and not unexpected, (missing, unexpected)
+    peer.load_state_dict({name: torch.tensor(value) for name, value in convert.to_torch(model, params).items()})
+    peer.pos_embed.pos_embed.copy_(torch.tensor(np.asarray(params["pos_embed"])))
     return peer
 
 
@@ -220,10 +189,11 @@ def _dit_train(args: argparse.Namespace, model: Any, params: Any, data: tuple[np
     expected = peer_loss(*peer_data)
     expected.backward()
     error = close("loss", loss, expected.detach(), 1e-4)
-    gradients = dict(peer.named_parameters())
-    for name, value in torch_names(grads).items():
-        if name != "pos_embed.pos_embed" and not name.endswith("to_k.bias"):  # softmax makes the latter's exactly zero
-            error = max(error, close(f"gradient of {name}", value, gradients[name].grad, 2e-4))
+    # positions have no gradient in the peer, and must be the fixed ones in its names
+    found = convert.to_torch(model, {**grads, "pos_embed": params["pos_embed"]})
+    for name, parameter in peer.named_parameters():
+        if not name.endswith("to_k.bias"):  # softmax makes its gradient exactly zero
+            error = max(error, close(f"gradient of {name}", found[name], parameter.grad, 2e-4))
     return {"error": error} | alternate({"jdiff": ours, "torch": theirs}, args.rounds)
 
 
