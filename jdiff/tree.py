@@ -37,6 +37,18 @@ def flatten(tree: Tree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def nested(values: Mapping[str, Any]) -> Tree:
+    """Undoes `flatten` for nested dicts: values by path -> the tree."""
+    root: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, name = path.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return root
+
+
 def map_with_path(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """`jax.tree.map` whose function gets the path as its first argument."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
@@ -140,6 +152,13 @@ def checksums(tree: Tree) -> dict[str, str]:
 def digest(values: Mapping[str, Any]) -> str:
     """Sixteen hex digits for a mapping (of checksums, of settings), whatever its order."""
     return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:16]
+
+
+def fingerprint(tree: Tree) -> str:
+    """Sixteen hex digits of all leaves' paths and values, the same for one set of values in float32 and in halves of it."""
+    # one leaf at a time: leaves of one shape then share a compilation, of which a thousand at once would take minutes
+    wide = {path: np.asarray(leaf).astype(np.float32, copy=False) for path, leaf in flatten(tree).items()}
+    return digest({path: checksums({path: leaf})[path] for path, leaf in wide.items()})
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

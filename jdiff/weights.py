@@ -4,7 +4,8 @@ A parameter leaf is an array or a small pytree that stands for one. `dot`, `conv
 which, so every model is written once: attaching LoRA or quantizing is a change of the tree, never of the model.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -32,16 +33,38 @@ class QTensor:
         return self.scale.dtype
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["w", "a", "b", "scale"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["w", "a", "b", "scale", "magnitude", "strength", "key"],
+    meta_fields=["rate", "index"],
+)
+@dataclasses.dataclass(eq=False)
 class LoRAWeight:
-    """A frozen kernel with a low-rank side branch, `w + scale * a @ b`, that is never formed (arXiv:2106.09685).
+    """A frozen kernel with a low-rank side branch that is never formed (arXiv:2106.09685; as peft computes it):
 
-    w: array or QTensor, (in, out) or (kh, kw, in, out); a: (in, R) or (kh, kw, in, R); b: (R, out); scale: scalar,
-    alpha / R. Stacked layers put one more axis in front of all four.
+        y = x w + strength * ((x a * scale) b)
+
+    or, with a magnitude, DoRA (arXiv:2402.09353), where w0 is the kernel inside all adapters and each column's
+    g = magnitude / ||w0 + a * scale @ b||, that norm a constant of the gradient:
+
+        y = x w + strength * ((g - 1) * (x w0) + g * ((x a * scale) b))
+
+    w: array, QTensor, or a LoRAWeight: several adapters nest and add up; (in, out) or (kh, kw, in, out); a: (in, R) or
+    (kh, kw, in, R); b: (R, out); scale: alpha / R, a scalar or one a rank (R,); magnitude: (out,), or None for LoRA;
+    strength: scalar, None for 1; at 0 the numbers are w's own. key: key data of the dropout of x in front of `a` (with
+    DoRA, in front of w0 in its term too), None for no dropout; rate: the share of x that is dropped. index: which
+    attachment of a tree it belongs to. Stacked layers put one more axis in front of every array.
     """
 
-    def __init__(self, w: Any, a: Any, b: Any, scale: Any):
-        self.w, self.a, self.b, self.scale = w, a, b, scale
+    w: Any
+    a: Any
+    b: Any
+    scale: Any
+    magnitude: Any = None
+    strength: Any = None
+    key: Any = None
+    rate: float = 0.0
+    index: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,10 +78,19 @@ class LoRAWeight:
 Weight: TypeAlias = jax.Array | QTensor | LoRAWeight
 
 
+def unwrap(w: Weight) -> tuple[jax.Array | QTensor, list[LoRAWeight]]:
+    """A weight's kernel, and the adapters around it from the inside out."""
+    adapters = []
+    while isinstance(w, LoRAWeight):
+        adapters.insert(0, w)
+        w = w.w
+    return w, adapters
+
+
 def dot(x: jax.Array, w: Weight) -> jax.Array:
     """`x (..., in) @ w (in, out)` in x's dtype."""
     if isinstance(w, LoRAWeight):
-        return dot(x, w.w) + dot(dot(x, w.a) * w.scale.astype(x.dtype), w.b)
+        return _adapted(dot, x, w)
     if isinstance(w, QTensor):
         return jnp.dot(x, w.qvalue.astype(x.dtype)) * w.scale[0].astype(x.dtype)
     return jnp.dot(x, w.astype(x.dtype))
@@ -67,8 +99,7 @@ def dot(x: jax.Array, w: Weight) -> jax.Array:
 def conv(x_BHWC: jax.Array, w: Weight, strides: Sequence[int] = (1, 1), padding: Any = "SAME") -> jax.Array:
     """NHWC convolution with an HWIO kernel, in x's dtype."""
     if isinstance(w, LoRAWeight):
-        side = conv(x_BHWC, w.a, strides, padding) * w.scale.astype(x_BHWC.dtype)
-        return conv(x_BHWC, w.w, strides, padding) + dot(side, w.b)
+        return _adapted(partial(conv, strides=strides, padding=padding), x_BHWC, w)
     if isinstance(w, QTensor):
         y = conv(x_BHWC, w.qvalue.astype(x_BHWC.dtype), strides, padding)
         return y * w.scale.reshape(-1).astype(x_BHWC.dtype)
@@ -78,9 +109,58 @@ def conv(x_BHWC: jax.Array, w: Weight, strides: Sequence[int] = (1, 1), padding:
 
 
 def take(w: Weight, ids: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of an embedding table (rows, width): shape ids.shape + (width,). ids must be in range: they are not checked."""
+    """Rows of an embedding table (rows, width): shape ids.shape + (width,). ids must be in range: they are not checked.
+
+    An adapter's dropout does not reach tables, as in peft: ids cannot be dropped.
+    """
     if isinstance(w, LoRAWeight):
-        return take(w.w, ids, dtype) + dot(jnp.take(w.a, ids, axis=0).astype(dtype) * w.scale.astype(dtype), w.b)
+        return _adapted(lambda ids, table: take(table, ids, dtype), ids, w, drops=False)
     if isinstance(w, QTensor):
         return jnp.take(w.qvalue, ids, axis=0).astype(dtype) * w.scale[0].astype(dtype)
     return jnp.take(w, ids, axis=0).astype(dtype)
+
+
+Product: TypeAlias = Callable[[jax.Array, Any], jax.Array]
+
+
+def _adapted(product: Product, x: jax.Array, w: LoRAWeight, drops: bool = True) -> jax.Array:
+    """The kernel's product with x, made once, and what each adapter adds to it."""
+    w0, adapters = unwrap(w)
+    y = plain = product(x, w0)
+    for lora in adapters:
+        strength = 1.0 if lora.strength is None else lora.strength
+        dropped = _dropout(x, lora.key, lora.rate) if drops and lora.key is not None else x
+        # all factors but g meet the R columns: they are the fewest
+        side = dot(product(dropped, lora.a) * (lora.scale * strength).astype(y.dtype), lora.b)
+        if lora.magnitude is None:
+            y += side
+        else:
+            g = lora.magnitude / jax.lax.stop_gradient(column_norm(w0, lora.a, lora.b, lora.scale))
+            y0 = plain if dropped is x else product(dropped, w0)
+            y += (strength * (g - 1)).astype(y.dtype) * y0 + g.astype(y.dtype) * side
+    return y
+
+
+def _dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    keep = jax.random.bernoulli(jax.random.wrap_key_data(key), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def column_norm(w: jax.Array | QTensor, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """Length of each column of `w + a * scale @ b`: (out,), in at least fp32. a @ b is never made:
+
+        ||w||^2 + 2 sum_r (a^T w)_ro b_ro + sum_r b_ro (a^T a b)_ro
+
+    One layer's arrays, shaped as in `LoRAWeight`; a column goes over all axes but the last.
+    """
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    a = a.reshape(-1, a.shape[-1]).astype(wide) * scale.astype(wide)
+    b = b.astype(wide)
+    if isinstance(w, QTensor):
+        w = QTensor(w.qvalue.reshape(-1, w.shape[-1]), w.scale.reshape(1, -1))
+        squares = jnp.sum(jnp.square(w.qvalue.astype(wide)), 0) * jnp.square(w.scale[0].astype(wide))
+    else:
+        w = w.reshape(-1, w.shape[-1])
+        squares = jnp.sum(jnp.square(w.astype(wide)), 0)
+    with jax.default_matmul_precision("float32"):  # g - 1 is a small difference
+        return jnp.sqrt(squares + jnp.sum((2 * dot(a.T, w) + a.T @ a @ b) * b, 0))

@@ -1,5 +1,6 @@
 """Weights that stand for arrays: QTensor, LoRAWeight and both, against dense arithmetic and through Flax."""
 
+import dataclasses
 import re
 
 import flax.linen as nn
@@ -23,29 +24,50 @@ def _quantized(rng, *shape):
     return QTensor(qvalue, jnp.asarray(rng.uniform(0.001, 0.02, (*shape[:-2], 1, shape[-1])), jnp.float32))
 
 
-def _lora(rng, w, *stack):
-    """An adapter for a kernel; `stack` are the leading axes of stacked layers, the same for all four parts."""
+def _lora(rng, w, *stack, **parts):
+    """An adapter for a kernel; `stack` are the leading axes of stacked layers, the same for all its parts."""
     spatial = w.shape[len(stack) : -2]
     a = _normal(rng, *stack, *spatial, w.shape[-2], RANK)
-    return LoRAWeight(w, a, _normal(rng, *stack, RANK, w.shape[-1]), jnp.full(stack, 0.5, jnp.float32))
+    return LoRAWeight(w, a, _normal(rng, *stack, RANK, w.shape[-1]), jnp.full(stack, 0.5, jnp.float32), **parts)
+
+
+def _dora(rng, w, *stack):
+    return _lora(rng, w, *stack, magnitude=jnp.asarray(rng.uniform(1, 9, (*stack, w.shape[-1])), jnp.float32))
 
 
 def _make(kind, *shape, stack=()):
+    """nested: an adapter with a strength and a scale a rank, around a DoRA, around another adapter."""
     rng = np.random.default_rng(0)
     w = _quantized(rng, *stack, *shape) if "q" in kind else _normal(rng, *stack, *shape)
+    if "nested" in kind:
+        w = _dora(rng, _lora(rng, w, *stack), *stack)
+        scale = jnp.broadcast_to(jnp.asarray([0.5, -1.0, 2.0]), (*stack, RANK))
+        return dataclasses.replace(_lora(rng, w, *stack, strength=jnp.full(stack, 0.7)), scale=scale)
+    if "dora" in kind:
+        return _dora(rng, w, *stack)
     return _lora(rng, w, *stack) if "lora" in kind else w
 
 
 def _dense(w):
-    """The kernel that a weight stands for, formed."""
-    if isinstance(w, LoRAWeight):
-        scale = w.scale.reshape(w.scale.shape + (1,) * (w.a.ndim - w.scale.ndim))
-        b = w.b.reshape(w.b.shape[:-2] + (1,) * (w.a.ndim - w.b.ndim) + w.b.shape[-2:])
-        return _dense(w.w) + scale * (w.a @ b)
-    return w.qvalue.astype(jnp.float32) * w.scale if isinstance(w, QTensor) else w
+    """The kernel that a weight stands for, formed; DoRA's norm is no function of the factors."""
+    w0, adapters = weights.unwrap(w)
+    total = w0 = w0.qvalue.astype(jnp.float32) * w0.scale if isinstance(w0, QTensor) else w0
+    for lora in adapters:
+        stack = lora.b.shape[:-2]
+        spatial = (1,) * (w0.ndim - 2 - len(stack))
+        scale = lora.scale.reshape(*stack, *spatial, 1, -1)
+        change = (lora.a * scale) @ lora.b.reshape(*stack, *spatial, *lora.b.shape[-2:])
+        if lora.magnitude is not None:
+            fan = tuple(range(len(stack), w0.ndim - 1))
+            norm = jax.lax.stop_gradient(jnp.linalg.norm((w0 + change).reshape(*stack, -1, w0.shape[-1]), axis=-2))
+            norm, magnitude = (jnp.expand_dims(x, fan) for x in (norm, lora.magnitude))
+            change = magnitude / norm * (w0 + change) - w0
+        strength = 1.0 if lora.strength is None else lora.strength.reshape(*stack, *spatial, 1, 1)
+        total += strength * change
+    return total
 
 
-KINDS = ["array", "q", "lora", "qlora"]
+KINDS = ["array", "q", "lora", "qlora", "qdora", "nested"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,21 +78,22 @@ def test_dot(kind):
     assert weights.dot(x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["array", "lora"])
+@pytest.mark.parametrize("kind", ["array", "lora", "dora", "nested"])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
 def test_conv(kind, strides):
     w, x = _make(kind, 3, 3, IN, OUT), _normal(np.random.default_rng(1), 2, 8, 6, IN)
     np.testing.assert_allclose(weights.conv(x, w, strides), weights.conv(x, _dense(w), strides), rtol=1e-5, atol=2e-4)
+    assert weights.conv(x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["q", "qlora"])
+@pytest.mark.parametrize("kind", ["q", "qlora", "qdora"])
 def test_conv_of_a_quantized_kernel(kind):
     """One scale a column of the whole kernel, shape (1, 1, 1, out)."""
     rng = np.random.default_rng(0)
     w = QTensor(
         _quantized(rng, 3, 3, IN, OUT).qvalue, jnp.asarray(rng.uniform(0.001, 0.02, (1, 1, 1, OUT)), jnp.float32)
     )
-    w = _lora(rng, w) if kind == "qlora" else w
+    w = {"q": lambda rng, w: w, "qlora": _lora, "qdora": _dora}[kind](rng, w)
     x = _normal(rng, 2, 8, 6, IN)
     np.testing.assert_allclose(weights.conv(x, w), weights.conv(x, _dense(w)), rtol=1e-5, atol=2e-4)
 
@@ -83,13 +106,17 @@ def test_take(kind):
     assert weights.take(w, ids, jnp.bfloat16).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["q", "lora", "qlora"])
+@pytest.mark.parametrize("kind", ["q", "lora", "qlora", "nested"])
 def test_weights_are_trees_with_named_leaves(kind):
     names = set(tree.flatten({"kernel": _make(kind, IN, OUT)}))
+    adapter = ("w", "a", "b", "scale")
     expected = {
         "q": {"kernel/qvalue", "kernel/scale"},
-        "lora": {f"kernel/{x}" for x in ("w", "a", "b", "scale")},
+        "lora": {f"kernel/{x}" for x in adapter},
         "qlora": {"kernel/w/qvalue", "kernel/w/scale", "kernel/a", "kernel/b", "kernel/scale"},
+        "nested": {f"kernel/{x}" for x in ("a", "b", "scale", "strength")}
+        | {f"kernel/w/{x}" for x in ("a", "b", "scale", "magnitude")}
+        | {f"kernel/w/w/{x}" for x in adapter},
     }
     assert names == expected[kind]
 
@@ -104,6 +131,13 @@ class _Layer(nn.Module):
 
 def _stack_axes():
     return {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+
+
+def _scanned(depth, x, bias, remat=False):
+    """A function from a stacked kernel to `depth` layers' output."""
+    layer = nn.remat(_Layer, prevent_cse=False) if remat else _Layer
+    stacked = nn.scan(layer, length=depth, **_stack_axes())()
+    return lambda w: stacked.apply({"params": {"dense": {"kernel": w, "bias": bias}}}, x, None)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,18 +158,17 @@ def test_scan_slices_them(kind, remat):
     depth, rng = 4, np.random.default_rng(1)
     x, bias = _normal(rng, 2, IN), _normal(rng, depth, IN)
     w = _make(kind, IN, IN, stack=(depth,))
-    layer = nn.remat(_Layer, prevent_cse=False) if remat else _Layer
-    stacked = nn.scan(layer, length=depth, **_stack_axes())()
-    apply = lambda w: stacked.apply({"params": {"dense": {"kernel": w, "bias": bias}}}, x, None)[0]  # noqa: E731
+    apply = _scanned(depth, x, bias, remat)
     expected = x
     for i in range(depth):
         expected = jnp.tanh(expected @ _dense(w)[i] + bias[i])
     np.testing.assert_allclose(jax.jit(apply)(w), expected, rtol=1e-4, atol=1e-4)
-    if "lora" in kind:  # the adapters' gradients pass through as well
-        part = lambda a, b: apply(LoRAWeight(w.w, a, b, w.scale)).sum()  # noqa: E731
-        form = lambda a, b: apply(_dense(LoRAWeight(w.w, a, b, w.scale))).sum()  # noqa: E731
-        for found, formed in zip(jax.grad(part, (0, 1))(w.a, w.b), jax.grad(form, (0, 1))(w.a, w.b), strict=True):
-            np.testing.assert_allclose(found, formed, rtol=1e-3, atol=1e-4)
+    if "lora" in kind or "dora" in kind:  # the adapters' gradients pass through as well
+        trained = {name: getattr(w, name) for name in ("a", "b", "magnitude") if getattr(w, name) is not None}
+        loss = lambda form, parts: apply(form(dataclasses.replace(w, **parts))).sum()  # noqa: E731
+        found, formed = (jax.jit(jax.grad(loss, 1), static_argnums=0)(form, trained) for form in (lambda w: w, _dense))
+        for name in trained:
+            np.testing.assert_allclose(found[name], formed[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,26 +180,104 @@ def test_vmap_slices_them(kind):
     np.testing.assert_allclose(found, jnp.einsum("bi,zio->zbo", x, _dense(w)), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_an_adapters_gradient_forms_no_kernel(kind):
-    """Neither a @ b nor the frozen kernel's gradient is ever made: no product or sum has the kernel's shape."""
+@pytest.mark.parametrize("kind", ["lora", "dora", "qdora"])
+def test_strength_zero_is_the_kernel_bit_by_bit(kind):
     w, x = _make(kind, IN, OUT), _normal(np.random.default_rng(1), 5, IN)
-
-    def loss(adapters):
-        return jnp.sum(jnp.sin(weights.dot(x, LoRAWeight(w.w, *adapters, w.scale))))
-
-    compiled = jax.jit(jax.grad(loss)).lower((w.a, w.b))
-    made = re.compile(rf"-> tensor<({IN}x{OUT}|{OUT}x{IN})xf32>")
-    lines = [line for line in compiled.as_text().splitlines() if made.search(line)]
-    assert not [line for line in lines if "dot_general" in line]
-    if kind == "lora":
-        assert not [line for line in lines if "transpose" not in line]
-    formed = jax.grad(lambda adapters: jnp.sum(jnp.sin(x @ _dense(LoRAWeight(w.w, *adapters, w.scale)))))((w.a, w.b))
-    for found, expected in zip(jax.grad(loss)((w.a, w.b)), formed, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    off = dataclasses.replace(w, strength=jnp.float32(0))
+    np.testing.assert_array_equal(weights.dot(x, off), weights.dot(x, w.w))
+    assert np.abs(weights.dot(x, w) - weights.dot(x, w.w)).max() > 1
 
 
-def test_the_check_for_formed_kernels_can_fail():
-    w, x = _make("lora", IN, OUT), _normal(np.random.default_rng(1), 5, IN)
-    text = jax.jit(lambda a: x @ _dense(LoRAWeight(w.w, a, w.b, w.scale))).lower(w.a).as_text()
-    assert re.search(rf"dot_general.*-> tensor<{IN}x{OUT}xf32>", text)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_dropout_drops_from_the_adapters_input_alone(kind):
+    """What is dropped is the input of `a`, and of DoRA's rescaled kernel; the rest grows by 1 / (1 - rate)."""
+    w, x, key, rate = _make(kind, IN, OUT), _normal(np.random.default_rng(1), 400, IN), jax.random.key(3), 0.25
+    dropping = dataclasses.replace(w, key=jax.random.key_data(key), rate=rate)
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    assert abs(kept.mean() - 0.75) < 0.02
+    expected = x @ w.w + (x * kept / (1 - rate)) @ (_dense(w) - w.w)
+    np.testing.assert_allclose(weights.dot(x, dropping), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_tables_drop_nothing():
+    w, ids = _make("lora", IN, OUT), jnp.arange(IN)
+    dropping = dataclasses.replace(w, key=jax.random.key_data(jax.random.key(0)), rate=0.5)
+    np.testing.assert_array_equal(weights.take(dropping, ids, jnp.float32), weights.take(w, ids, jnp.float32))
+
+
+def test_stacked_layers_drop_by_keys_of_their_own():
+    depth, rng, rate = 3, np.random.default_rng(1), 0.5
+    x, w = _normal(rng, 5, IN), _make("lora", IN, IN, stack=(depth,))
+    keys = jax.random.split(jax.random.key(1), depth)
+    dropping = dataclasses.replace(w, key=jax.random.key_data(keys), rate=rate)
+    expected = x
+    for i in range(depth):
+        kept = jax.random.bernoulli(keys[i], rate, x.shape)
+        expected = jnp.tanh(expected @ w.w[i] + (expected * kept / (1 - rate)) @ (_dense(w) - w.w)[i])
+    found = jax.jit(_scanned(depth, x, jnp.zeros((depth, IN)), remat=True))(dropping)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+DENSE, SPATIAL = (37, 53), (3, 3, 37, 53)
+MOVES = "parameter|copy|transpose|bitcast|reshape|reverse|convert|get-tuple-element|dynamic-slice|slice"
+"""What may have a kernel's shape: the parameter, its parts, and the compiler's copies of it in another layout or dtype."""
+SHAPES = {"dense": (DENSE, 0), "conv": (SPATIAL, 0), "scan": (DENSE, 4)}
+"""Name -> (shape of a kernel, stacked layers)."""
+
+
+def _made(compiled, shape, stack):
+    """The instructions of a compiled program whose result has the shape of the kernel, or of all the stacked ones, in
+    whatever order of axes, other than moves of what is there already. A fusion counts by what is inside it."""
+    leads = ((), (1,), (stack,)) if stack else ((),)
+    sizes = {tuple(sorted((*lead, *kernel))) for lead in leads for kernel in (shape, (np.prod(shape[:-1]), shape[-1]))}
+    lines = []
+    for line in compiled.as_text().splitlines():
+        found = re.match(r"\s*(?:ROOT )?%?\S+ = f32\[([\d,]*)\]\S* ([\w-]+)\((.*)", line)
+        if not found or not found[1]:
+            continue
+        size = tuple(sorted(int(n) for n in found[1].split(",")))
+        if size in sizes and found[2] != "fusion" and not re.fullmatch(MOVES, found[2]):
+            lines.append(line)
+    return lines
+
+
+def _adapter_gradient(kind, shape, stack, form=lambda w: w):
+    """The compiled gradient of a loss by the adapters of the second of two layers, and its value by name."""
+    rng = np.random.default_rng(0)
+    w = _make(kind, *shape, stack=(stack,) if stack else ())
+    x = _normal(rng, 5, 6, 6, 37) if shape == SPATIAL else _normal(rng, 5, 37)
+    if stack:  # a square kernel would not show which is which, so the body goes from 37 to 53 and back
+        body = lambda x, w: (jnp.sin(0.1 * weights.dot(x, w))[:, :37], None)  # noqa: E731
+        apply = lambda x, w: jax.lax.scan(jax.checkpoint(body), x, w)[0]  # noqa: E731
+    else:
+        apply = weights.conv if shape == SPATIAL else weights.dot
+    trained = {name: getattr(w, name) for name in ("a", "b", "magnitude") if getattr(w, name) is not None}
+
+    def loss(trained, first, w):
+        adapted = form(dataclasses.replace(w, **trained))
+        return jnp.sum(jnp.sin(apply(jnp.sin(x * first), adapted)))
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))  # by what comes before it as well
+    arguments = (trained, jnp.ones(37), w)
+    return gradient.lower(*arguments).compile(), gradient(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [*((kind, where) for kind in ("lora", "dora") for where in SHAPES), ("qlora", "dense"), ("qlora", "scan")],
+)
+def test_an_adapters_gradient_forms_no_kernel(kind, where):
+    """Neither a @ b nor the frozen kernel's gradient is in the compiled program. DoRA may square the kernel to sum it up."""
+    compiled, found = _adapter_gradient(kind, *SHAPES[where])
+    made = _made(compiled, *SHAPES[where])
+    square = re.compile(r" multiply\((%?[\w.-]+), \1\)")
+    assert not [line for line in made if kind != "dora" or not square.search(line)]
+    _, formed = _adapter_gradient(kind, *SHAPES[where], form=_dense)
+    for path, expected in tree.flatten(formed).items():
+        np.testing.assert_allclose(tree.flatten(found)[path], expected, rtol=1e-3, atol=2e-3, err_msg=path)
+
+
+@pytest.mark.parametrize("where", SHAPES)
+def test_the_check_for_formed_kernels_can_fail(where):
+    compiled, _ = _adapter_gradient("lora", *SHAPES[where], form=_dense)
+    assert _made(compiled, *SHAPES[where])
