@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdiff import sharding
 from jdiff.convert import clip, configs, namings, tensors, torchfile
 from jdiff.convert.arrays import Array, contiguous, numbers, release
 from jdiff.convert.engine import Arrays, read, write
@@ -137,7 +138,7 @@ def put(params: Any, where: jax.sharding.Sharding) -> Any:
     """A tree's arrays on devices, one after another: the host holds one at a time besides, not a second copy of all."""
 
     def place(leaf: Array) -> jax.Array:
-        placed = jax.block_until_ready(jax.device_put(numbers(leaf), where, may_alias=False))
+        placed = jax.block_until_ready(sharding.put(numbers(leaf), where))
         release(leaf)
         return placed
 
