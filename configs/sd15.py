@@ -3,12 +3,12 @@
 BASE is the model's folder in diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/); DATA holds pictures with
 metadata.jsonl or .txt files, or parquet files of a Hugging Face data set.
 
-    python launch.py --config configs/sd15.py --config.base=BASE --config.data.path=DATA --workdir runs/sd15
+    python launch.py --config configs/sd15.py --config.init_from=BASE --config.data.path=DATA --workdir runs/sd15
 
 or, quicker, with the latents of square pictures and the text encoder's output made once:
 
     python tools/cache_latents.py captions:DATA CACHE --vae BASE/vae --text BASE --image-size 512
-    python launch.py --config configs/sd15.py --config.base=BASE --config.data.name=latents --config.data.path=CACHE \\
+    python launch.py --config configs/sd15.py --config.init_from=BASE --config.data.name=latents --config.data.path=CACHE \\
         --config.buckets.use=false --workdir runs/sd15
 
 860 million parameters are trained. By count, a device holds 13.6 GiB: those in fp32, Adam's two moments and the average, 3.2 GiB

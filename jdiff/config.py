@@ -24,6 +24,7 @@ def default(task: str = "class_to_image") -> Config:
         raise ValueError(f"task={task!r} is unknown{nearest(task, TASKS)}; the tasks are {list(TASKS)}")
     values = {
         "task": task,
+        "init_from": placeholder(str),  # any checkpoint to start from: its models, and what belongs to them
         "seed": 0,
         "total_steps": 400_000,
         "batch_size": 256,  # global: rows of all devices and all accumulation steps together
@@ -37,6 +38,7 @@ def default(task: str = "class_to_image") -> Config:
         "data": {
             "name": "openmoji",  # openmoji | captions | imagefolder | tfds | latents
             "path": placeholder(str),  # a folder, or the TFDS name
+            "only": placeholder(str),  # classes, by comma; None reads all
             "split": "all",  # of openmoji: all | train | heldout (a tenth)
             "image_size": 32,
             "flip": True,
@@ -44,6 +46,19 @@ def default(task: str = "class_to_image") -> Config:
             "max_bad_rate": 0.35,  # share of broken images above which the run stops
         },
         **TASKS[task](),
+        "lora": {  # adapters, trained in place of the models of init_from
+            "rank": 0,  # 0: none, and the models themselves are trained
+            "alpha": placeholder(float),  # None: the rank, a scale of 1
+            "targets": (
+                "attn",
+            ),  # names of jdiff.lora.TARGETS or regexes of paths, PATTERN@RANK/ALPHA for sizes of their own
+            "method": "kaiming",  # kaiming | gaussian | pissa: how they begin
+            "rslora": False,  # scale alpha / sqrt(rank)
+            "dora": False,
+            "dropout": 0.0,
+            "plus_ratio": 1.0,  # LoRA+: the learning rate of b over that of a
+            "any_base": False,  # a resumed run may go on with another base
+        },
         "optim": {
             "lr": 1e-4,
             "schedule": "constant",  # constant | cosine | linear
@@ -99,8 +114,7 @@ def _class_to_image() -> dict[str, Any]:
 def _text_to_image() -> dict[str, Any]:
     """Captions to pictures or latents with a UNet, a text encoder and a fixed autoencoder: Stable Diffusion."""
     return {
-        "base": placeholder(str),  # a diffusers folder to start from: its models, tokenizer and scheduler
-        "unet": {  # see models.UNet; of these a base leaves remat alone to be set
+        "unet": {  # see models.UNet; of these init_from leaves remat alone to be set
             "block_out_channels": (320, 640, 1280, 1280),
             "attention": (True, True, True, False),
             "heads": (8, 8, 8, 8),
@@ -110,7 +124,7 @@ def _text_to_image() -> dict[str, Any]:
             "linear_projection": False,
             "remat": "none",  # none | full
         },
-        "text": {  # see models.CLIPText; of these a base leaves train and clip_skip to be set
+        "text": {  # see models.CLIPText; of these init_from leaves train and clip_skip to be set
             "train": False,
             "clip_skip": 0,
             "vocab_size": 49408,  # at most, of a tokenizer learnt from the captions
@@ -120,12 +134,19 @@ def _text_to_image() -> dict[str, Any]:
             "heads": 12,
             "max_length": 77,
             "activation": "quick_gelu",  # quick_gelu | gelu
+            "tokenizer": placeholder(str),  # a folder or hub repository, where init_from is a file, which has none
         },
-        "vae": {"path": placeholder(str)},  # a run of one, or a diffusers vae folder; the base's when None
+        "vae": {"path": placeholder(str)},  # any checkpoint of one; init_from's when None
         "captions": {
             "shuffle_tags": False,  # captions are tags, joined by ", ", in a new order at each reading
             "keep_tags": 1,  # of them, how many stay in front
             "on_long": "error",  # error | truncate_loudly: captions beyond the tokenizer's length
+            "prompt": placeholder(str),  # of all pictures in a folder without captions: DreamBooth's instance prompt
+        },
+        "prior": {  # DreamBooth's pictures of the subject's class, half of each epoch
+            "path": placeholder(str),  # a folder of them
+            "prompt": placeholder(str),  # of all of them, where they have no captions
+            "weight": 1.0,  # of their loss
         },
         "buckets": {
             "use": False,  # pictures of many shapes, about data.image_size squared in area
@@ -133,7 +154,7 @@ def _text_to_image() -> dict[str, Any]:
             "max_ratio": 2.0,
         },
         "diffusion": {
-            # both are the base's when None; without a base scaled_linear, as Stable Diffusion's, and eps
+            # both are init_from's when None; without it scaled_linear, as Stable Diffusion's, and eps
             "schedule": placeholder(str),  # linear | scaled_linear | cosine
             "prediction_type": placeholder(str),  # eps | v | x0
             "zero_terminal_snr": False,
@@ -202,6 +223,7 @@ CHOICES = {
     "diffusion.timestep_bias.strategy": ("none", "later", "earlier", "range"),
     "unet.remat": ("none", "full"),
     "captions.on_long": ("error", "truncate_loudly"),
+    "lora.method": ("kaiming", "gaussian", "pissa"),
     "optim.schedule": ("constant", "cosine", "linear"),
     "log.wandb": ("off", "online", "offline"),
 }
@@ -215,12 +237,12 @@ POSITIVE = (
     *("unet.norm_num_groups", *(f"text.{field}" for field in ("vocab_size", "width", "hidden", "layers", "heads"))),
     *("text.max_length", "buckets.step", "diffusion.timestep_bias.multiplier"),
     *("vae.block_out_channels", "vae.layers_per_block", "vae.latent_channels", "vae.norm_num_groups"),
-    *("gan.width", "heldout.count"),
+    *("gan.width", "heldout.count", "lora.alpha", "lora.plus_ratio"),
 )
 """Keys whose value, where one is set, is above 0: each number of a list."""
 NOT_NEGATIVE = (
     *("seed", "data.workers", "optim.warmup_steps", "optim.weight_decay", "text.clip_skip", "captions.keep_tags"),
-    *("diffusion.noise_offset", "diffusion.input_perturbation"),
+    *("diffusion.noise_offset", "diffusion.input_perturbation", "lora.rank", "prior.weight"),
     *("loss.kl_weight", "loss.edge_weight", "lpips.weight", "gan.start", "gan.weight"),
 )
 
@@ -275,7 +297,7 @@ def check(config: Config, devices: int = 1) -> None:
         value = values.get(key)
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{key}={value} must lie between 0 and 1")
-    for key in ("optim.b1", "optim.b2"):
+    for key in ("optim.b1", "optim.b2", "lora.dropout"):
         if not 0 <= values[key] < 1:
             raise ValueError(f"{key}={values[key]} must be at least 0 and below 1")
     if values["task"] == "class_to_image":
@@ -350,7 +372,8 @@ def override(config: Config, key: str, text: str) -> None:
         group[name] = None
     elif isinstance(group[name], tuple):
         kind = type(group[name][0])
-        group[name] = tuple(_parse(key, part.strip(), kind) for part in text.strip("()[] ").rstrip(",").split(","))
+        listed = text if kind is str else text.strip("()[] ")  # a text may itself begin with a bracket
+        group[name] = tuple(_parse(key, part.strip(), kind) for part in listed.rstrip(",").split(","))
     else:
         group[name] = _parse(key, text, group.get_type(name))
 

@@ -1,24 +1,33 @@
 """From a path to something that runs: `load` gives (model, params), `pipeline` a sampler around them."""
 
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from jdiff import checkpoint, convert, models, sharding, tokens, tree
+from jdiff import checkpoint, convert, lora, models, sharding, tree
 from jdiff import config as configs
+from jdiff.convert import lora as lora_files
 from jdiff.convert.files import read_json
 from jdiff.diffusion import schedulers
 from jdiff.diffusion.process import make_process
-from jdiff.pipelines import ClassPipeline, TextPipeline
+from jdiff.pipelines import ClassPipeline, TextPipeline, gather, to_uint8
+from jdiff.pipelines.rows import place, spread
+from jdiff.tokens import Tokenizer
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 """A config's `precision` as the models' dtype."""
-FOLDERS = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+FOLDERS = (
+    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "DiTPipeline"),
+)
 """Diffusers' pipelines whose folders are opened; what one is asked for, not its name, says what it does."""
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler", "id2label")
 PASSED_OVER = {
     "safety_checker": "judges finished pictures; jdiff has none",
     "requires_safety_checker": "whether users are to be warned of that",
@@ -26,39 +35,165 @@ PASSED_OVER = {
     "image_encoder": "of IP-Adapters, which a picture does without",
 }
 """Entries of a model_index.json that are not opened, and why."""
+Weights = Literal["ema", "raw"]
+Loras = Sequence[str | Path | tuple[str | Path, float]]
+"""Adapters: files of peft, diffusers or kohya, or LoRA runs of jdiff's, each alone or with its strength."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a path holds: models by name ("dit", "unet", "vae", "text"), and what a pipeline takes beside them.
+
+    models: (module, params) each: a run's on the mesh, others as views of their files. main: the one that the others serve.
+    meta: a run's metadata, else None. tokenizer, scheduler (a scheduler_config.json), size (height and width of pictures):
+    Stable Diffusion's, None where they are not there. class_names: of a model of classes, [] where they are not known.
+    """
+
+    models: dict[str, tuple[Any, Any]]
+    main: str
+    meta: dict[str, Any] | None = None
+    tokenizer: Tokenizer | None = None
+    scheduler: dict[str, Any] | None = None
+    size: tuple[int, int] | None = None
+    clip_skip: int = 0
+    class_names: list[str] = dataclasses.field(default_factory=list)
 
 
 def load(
-    path: str | Path, *, weights: Literal["ema", "raw"] = "ema", step: int | None = None, mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    weights: Weights = "ema",
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    lora: Loras = (),
 ) -> tuple[Any, Any]:
     """(model, params) of a training run's newest whole checkpoint, or of `step`: its main model, a dit, unet or vae; or of any
     checkpoint that `convert.read` reads: a diffusers folder's (of a pipeline's the dit or unet), DiT's .pt, a CompVis file's
     UNet, or one on the hub by OWNER/NAME.
 
     weights: the moving average, or the parameters that were being trained, where there are both; step is a run's. mesh: where
-    the arrays go (replicated over the default mesh when None), dtypes as stored. Raises CheckpointError or ConversionError, in
-    one line, when nothing there can be used.
+    the arrays go (replicated over the default mesh when None), dtypes as stored. lora: what to attach, as in `pipeline`; a
+    LoRA run of jdiff's has its adapters attached to its base already. Raises CheckpointError or ConversionError, in one line,
+    when nothing there can be used.
     """
+    mesh = mesh or sharding.make_mesh()
+    opened = open_checkpoint(path, weights=weights, step=step, mesh=mesh)
+    module, params = opened.models[opened.main]
+    all_params = {name: params for name, (_, params) in opened.models.items()}
+    attached, _ = attach(opened, {**all_params, opened.main: on(mesh, params)}, lora, mesh)
+    return module, place(mesh, attached[opened.main])
+
+
+def on(mesh: Mesh, params: Any) -> Any:
+    """Parameters on a mesh's devices: those that are there already as they lie, others one after another from their files."""
+    on_device = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+    return place(mesh, params) if on_device else convert.put(params, sharding.replicated(mesh))
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    weights: Weights = "ema",
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+) -> Opened:
+    """See `Opened`. dtype: of the models' computation: a run's own, or float32, when None. Errors as `load`'s."""
     path = convert.locate(path, weights)
-    if _is_foreign(path):
-        if path.is_dir():
-            _not_a_run(path, weights, step)
-        bundle = convert.read(path, weights=weights)
-        part = bundle.parts[bundle.main]
-        return part.module, convert.put(part.params, sharding.replicated(mesh or sharding.make_mesh()))
+    if path.is_file() or any((path / name).exists() for name in ("config.json", "model_index.json")):
+        return _open_foreign(path, weights, step, dtype or jnp.float32)
     found, meta = load_run(path, weights=weights, step=step, mesh=mesh)
-    return found[meta["main"]]
+    if dtype is not None:
+        found = {name: (module.clone(dtype=dtype), params) for name, (module, params) in found.items()}
+    opened = Opened(found, meta["main"], meta, class_names=meta["class_names"])
+    if meta["config"]["task"] != "text_to_image":
+        return opened
+    tokenizer = Tokenizer.from_folder(path / "tokenizer")
+    if tokenizer.fingerprint != meta["tokenizer"]:
+        raise ValueError(f"{path / 'tokenizer'} is not the tokenizer that the run was trained with")
+    height, width = meta["size"]
+    settings = {"size": (height, width), "scheduler": meta["scheduler"], "clip_skip": meta["clip_skip"]}
+    return dataclasses.replace(opened, tokenizer=tokenizer, **settings)
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether `convert.read` is to open it, not the checkpoint manager."""
-    return path.is_file() or any((path / name).exists() for name in ("config.json", "model_index.json"))
+def _open_foreign(path: Path, weights: Weights, step: int | None, dtype: Any) -> Opened:
+    """A checkpoint of the PyTorch world's."""
+    if path.is_dir():
+        for name, value, default in (("weights", weights, "ema"), ("step", step, None)):
+            if value != default:
+                raise ValueError(f"{name}={value}: {path} is no training run, and has one set of weights")
+    index = path / "model_index.json"
+    if not index.exists():
+        bundle = convert.read(path, weights=weights, dtype=dtype)
+        return Opened({name: (part.module, part.params) for name, part in bundle.parts.items()}, bundle.main)
+    # the small files first, so that what is wrong with them is said before gigabytes are read
+    content = read_json(index)
+    _check_index(path, content)
+    tokenizer = Tokenizer.from_folder(path / "tokenizer") if "unet" in content else None
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json") if "unet" in content else None
+    bundle = convert.read(path, weights=weights, dtype=dtype)
+    found = {name: (part.module, part.params) for name, part in bundle.parts.items()}
+    size = None
+    if "unet" in bundle.parts:
+        sample_size = (bundle.parts["unet"].config or {}).get("sample_size") or 64
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        downscale = bundle.parts["vae"].module.downscale
+        size = (height * downscale, width * downscale)
+    labels = content.get("id2label")
+    names = [str(labels[key]) for key in sorted(labels, key=int)] if isinstance(labels, dict) else []
+    return Opened(found, bundle.main, None, tokenizer, scheduler, size, class_names=names)
+
+
+def _check_index(folder: Path, index: dict[str, Any]) -> None:
+    """A pipeline's folder is of a kind that jdiff opens, and whole."""
+    if index.get("_class_name") not in FOLDERS:
+        raise convert.ConversionError(f"{folder} holds a {index.get('_class_name')}; jdiff opens {', '.join(FOLDERS)}")
+    for name, value in index.items():
+        known = name in PARTS or name in PASSED_OVER or name.startswith("_")
+        if not known and value not in (None, [None, None]):
+            raise convert.ConversionError(f"{folder}: model_index.json has {name}={value}, which jdiff does not have")
+    needed = ("transformer",) if index["_class_name"] == "DiTPipeline" else (*PARTS[:1], *PARTS[2:6])
+    if missing := [name for name in needed if not (folder / name).is_dir()]:
+        raise convert.ConversionError(f"{folder} lacks the folder(s) {', '.join(missing)}")
 
 
 def load_run(
     workdir: Path, *, weights: str = "ema", step: int | None = None, mesh: Mesh | None = None
 ) -> tuple[dict[str, tuple[Any, Any]], dict[str, Any]]:
-    """({name: (model, params)}, metadata): every model that the run's metadata describes; arguments are `load`'s."""
+    """({name: (model, params)}, metadata): every model that the run's metadata describes; arguments are `load`'s.
+
+    A LoRA run's models are those of its base, its adapters attached.
+    """
+    where = sharding.replicated(mesh or sharding.make_mesh())
+
+    def read(step: int, meta: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        if "lora" in meta:
+            return _adapted(workdir, step, meta, weights, mesh or sharding.make_mesh())
+        dtype = DTYPES[meta["config"]["precision"]]
+        found = {name: models.build(record, dtype) for name, record in meta["models"].items()}
+        full = _restore(workdir, step, meta, weights, where, found)
+        return {name: (model, full[name]) for name, model in found.items()}
+
+    return _newest(workdir, weights, step, read)
+
+
+def load_adapters(
+    workdir: Path, *, weights: str = "ema", step: int | None = None, mesh: Mesh | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """(adapters by model, metadata) of a LoRA run; arguments are `load`'s. CheckpointError when it is another kind of run."""
+    where = sharding.replicated(mesh or sharding.make_mesh())
+
+    def read(step: int, meta: dict[str, Any]) -> Any:
+        if "lora" not in meta:
+            raise checkpoint.CheckpointError(f"{workdir} is no LoRA run: its checkpoints hold whole models")
+        full = _restore(workdir, step, meta, weights, where, {})
+        return lora.relative(full["lora"], full["start"]) if "start" in full else full["lora"]
+
+    return _newest(workdir, weights, step, read)
+
+
+def _newest(workdir: Path, weights: str, step: int | None, read: Any) -> tuple[Any, dict[str, Any]]:
+    """(what `read(step, metadata)` makes of the newest whole checkpoint or of `step`, its metadata)."""
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r} is unknown; use 'ema' or 'raw'")
     if not workdir.exists():
@@ -70,153 +205,156 @@ def load_run(
         )
     if step is not None and step not in there:
         raise checkpoint.CheckpointError(f"{workdir} has no checkpoint of step {step}; it has {there}")
-    where = sharding.replicated(mesh or sharding.make_mesh())
 
-    def read(step: int) -> tuple[dict[str, tuple[Any, Any]], dict[str, Any]]:
+    def of(step: int) -> tuple[Any, dict[str, Any]]:
         meta = checkpoint.read_meta(workdir, step)
-        dtype = DTYPES[meta["config"]["precision"]]
-        found = {name: models.build(record, dtype) for name, record in meta["models"].items()}
-        item = "ema_params" if weights == "ema" else "params"
-        target = {name: checkpoint.shapes(meta, name, ("params", "frozen"), where) for name in (item, "frozen")}
-        for name, model in found.items():
-            expected = jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())["params"]
-            wrong = tree.differences(expected, tree.merge(target[item], target["frozen"]).get(name, {}))
-            if wrong:
-                raise checkpoint.CheckpointError(
-                    f"checkpoint {step} of {workdir} does not fit its own record of {name}: {len(wrong)} array(s) "
-                    f"differ, first: {wrong[0]}"
-                )
-        items = checkpoint.restore(workdir, step, target, meta)
-        full = tree.merge(items[item], items["frozen"])
-        return {name: (model, full[name]) for name, model in found.items()}, meta
+        return read(step, meta), meta
 
-    return read(step) if step is not None else checkpoint.newest_whole(there, read)
+    return of(step) if step is not None else checkpoint.newest_whole(there, of)
+
+
+def _restore(
+    workdir: Path, step: int, meta: dict[str, Any], weights: str, where: jax.sharding.Sharding, found: dict[str, Any]
+) -> Any:
+    """A checkpoint's full tree. found: the modules that it must fit, by name."""
+    item = "ema_params" if weights == "ema" else "params"
+    target = {name: checkpoint.shapes(meta, name, ("params", "frozen"), where) for name in (item, "frozen")}
+    for name, model in found.items():
+        expected = jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())["params"]
+        wrong = tree.differences(expected, tree.merge(target[item], target["frozen"]).get(name, {}))
+        if wrong:
+            raise checkpoint.CheckpointError(
+                f"checkpoint {step} of {workdir} does not fit its own record of {name}: {len(wrong)} array(s) "
+                f"differ, first: {wrong[0]}"
+            )
+    items = checkpoint.restore(workdir, step, target, meta)
+    return tree.merge(items[item], items["frozen"])
+
+
+def _adapted(workdir: Path, step: int, meta: dict[str, Any], weights: str, mesh: Mesh) -> dict[str, tuple[Any, Any]]:
+    """A LoRA run's base, its adapters attached."""
+    base = open_checkpoint(meta["config"]["init_from"], mesh=mesh, dtype=DTYPES[meta["config"]["precision"]])
+    params = on(mesh, {name: base.models[name][1] for name in meta["models"]})
+    adapters, _ = load_adapters(workdir, weights=weights, step=step, mesh=mesh)
+    check_base(meta["lora"], params, f"{workdir}: init_from={meta['config']['init_from']}")
+    attached = lora.attach(params, adapters, 1.0)
+    return {name: (base.models[name][0], attached[name]) for name in meta["models"]}
+
+
+def check_base(record: dict[str, Any], params: Any, what: str) -> None:
+    """ValueError when params (by model) are not those that the adapters of a LoRA run's record were trained on."""
+    for name, digest in record["base"].items():
+        if tree.fingerprint(params[name]) != digest:
+            raise ValueError(
+                f"{what} holds another {name} than the adapters were trained on: give that base, or train with "
+                "--config.lora.any_base=true to take this one"
+            )
+
+
+def attach(opened: Opened, params: Any, loras: Loras, mesh: Mesh) -> tuple[Any, list[tuple[str, float]]]:
+    """(params, by model, with the adapters of some files or LoRA runs attached, each one's name and strength).
+
+    ValueError when a file has adapters for a model that is not among params, or a run's were trained on another base.
+    """
+    base, names = params, []
+    modules = {name: opened.models[name][0] for name in params}
+    for entry in loras:
+        path, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
+        if (Path(path) / "checkpoints").is_dir():
+            adapters, meta = load_adapters(Path(path), mesh=mesh)
+            check_base(meta["lora"], base, f"the base of lora={path}")
+        else:
+            adapters = lora_files.fit(lora_files.read(convert.locate(path)), modules)
+        params = lora.attach(params, on(mesh, adapters), float(strength))
+        names.append((Path(path).stem, float(strength)))
+    return params, names
 
 
 def pipeline(
     path: str | Path,
     *,
-    weights: Literal["ema", "raw"] = "ema",
+    weights: Weights = "ema",
     step: int | None = None,
     mesh: Mesh | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
     vae_precision: Literal["fp32", "bf16"] = "fp32",
     tokenizer: str | Path | None = None,
+    lora: Loras = (),
 ) -> ClassPipeline | TextPipeline:
     """A sampler for a training run, with its own settings of the diffusion, or for any checkpoint that `convert.read` reads:
     Stable Diffusion in diffusers' layout or in CompVis' single file, or a DiT, which samples as the official code does.
 
     weights, step: of a run, as in `load`. mesh: all devices when None. precision: of the models' work: the run's own, or
     "fp32" for others, when None. vae_precision: of the autoencoder's. tokenizer: its folder or hub repository, which a single
-    file of CompVis needs. Raises CheckpointError, ConversionError or ValueError, in one line, for what is missing or not
-    supported.
+    file of CompVis needs. lora: adapters to attach, `[("a.safetensors", 0.8), "b.safetensors"]`; their strengths are changed by
+    the pipeline's `set_lora_scale`. Raises CheckpointError, ConversionError or ValueError, in one line, for what is missing or
+    not supported.
     """
-    path, mesh = convert.locate(path, weights), mesh or sharding.make_mesh()
+    mesh = mesh or sharding.make_mesh()
     for name, value in (("precision", precision), ("vae_precision", vae_precision)):
         if value not in (None, *DTYPES):
             raise ValueError(f"{name}={value!r} is unknown; use {' or '.join(map(repr, DTYPES))}")
-    if path.is_file() or (path / "config.json").exists():
-        return _from_bundle(path, mesh, DTYPES[precision or "fp32"], DTYPES[vae_precision], weights, tokenizer)
-    if (path / "model_index.json").exists():
-        _not_a_run(path, weights, step)
-        return _from_folder(path, mesh, DTYPES[precision or "fp32"], DTYPES[vae_precision])
-    found, meta = load_run(path, weights=weights, step=step, mesh=mesh)
-    config = configs.from_dict(meta["config"])
-    if precision is not None:
-        found = {name: (model.clone(dtype=DTYPES[precision]), params) for name, (model, params) in found.items()}
-    if config.task == "text_to_image":
-        return _from_text_run(path, mesh, found, meta, DTYPES[vae_precision])
-    if config.task != "class_to_image":
-        raise ValueError(f"{path} is a run of {config.task}, which makes no pictures of its own: use jdiff.load")
-    model, params = found["dit"]
-    process = make_process(config.diffusion, model.learn_sigma)
-    preview = None
-    if config.data.name == "latents":
-        from jdiff.data.latents import Latents
-
-        preview = Latents(config.data.path).preview
-    return ClassPipeline(model, params, process, mesh=mesh, class_names=meta["class_names"], preview=preview)
-
-
-def _from_text_run(path: Path, mesh: Mesh, found: dict[str, Any], meta: dict[str, Any], vae_dtype: Any) -> TextPipeline:
-    """The text pipeline of a training run."""
-    tokenizer = tokens.Tokenizer.from_folder(path / "tokenizer")
-    if tokenizer.fingerprint != meta["tokenizer"]:
-        raise ValueError(f"{path / 'tokenizer'} is not the tokenizer that the run was trained with")
-    modules = {name: model for name, (model, _) in found.items()}
-    params = {name: params for name, (_, params) in found.items()}
-    height, width = meta["size"]
-    return TextPipeline(
-        modules["unet"],
-        modules["vae"].clone(dtype=vae_dtype),
-        modules["text"],
-        tokenizer,
-        schedulers.from_config(meta["scheduler"]),
-        params,
-        mesh=mesh,
-        size=(height, width),
-        clip_skip=meta["clip_skip"],
-    )
-
-
-def _from_folder(folder: Path, mesh: Mesh, dtype: Any, vae_dtype: Any) -> TextPipeline:
-    """The text pipeline of a folder that diffusers wrote."""
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") not in FOLDERS:
-        raise convert.ConversionError(f"{folder} holds a {index.get('_class_name')}; jdiff opens {', '.join(FOLDERS)}")
-    for name, value in index.items():
-        known = name in PARTS or name in PASSED_OVER or name.startswith("_")
-        if not known and value not in (None, [None, None]):
-            raise convert.ConversionError(f"{folder}: model_index.json has {name}={value}, which jdiff does not have")
-    if missing := [name for name in PARTS if not (folder / name).is_dir()]:
-        raise convert.ConversionError(f"{folder} lacks the folder(s) {', '.join(missing)}")
-    # the small files first, so that what is wrong with them is said before gigabytes are read
-    tokenizer = tokens.Tokenizer.from_folder(folder / "tokenizer")
-    scheduler = schedulers.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-    sample_size = convert.read_config(folder / "unet").get("sample_size") or 64
-    unet, unet_params = convert.load_component(folder / "unet", dtype)
-    vae, vae_params = convert.load_component(folder / "vae", vae_dtype)
-    text, text_params = convert.load_component(folder / "text_encoder", dtype)
-    params = {"unet": unet_params, "vae": vae_params, "text": text_params}
-    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    size = (height * vae.downscale, width * vae.downscale)
-    return TextPipeline(unet, vae, text, tokenizer, scheduler, params, mesh=mesh, size=size)
-
-
-def _from_bundle(
-    path: Path, mesh: Mesh, dtype: Any, vae_dtype: Any, weights: Literal["ema", "raw"], words: str | Path | None
-) -> ClassPipeline | TextPipeline:
-    """The pipeline of one file, or of a DiT's folder."""
-    bundle = convert.read(path, weights=weights, dtype=dtype)
-    where = sharding.replicated(mesh)
-    params = {name: convert.put(part.params, where) for name, part in bundle.parts.items()}
-    modules = {name: part.module for name, part in bundle.parts.items()}
-    if "dit" in modules:
-        process = make_process(configs.default().diffusion, modules["dit"].learn_sigma)
-        return ClassPipeline(modules["dit"], params["dit"], process, mesh=mesh)
+    dtype = None if precision is None else DTYPES[precision]
+    opened = open_checkpoint(path, weights=weights, step=step, mesh=mesh, dtype=dtype)
+    modules = {name: module for name, (module, _) in opened.models.items()}
+    if opened.main == "dit":
+        params, names = attach(opened, on(mesh, {"dit": opened.models["dit"][1]}), lora, mesh)
+        return _class_pipeline(opened, params["dit"], names, mesh, DTYPES[vae_precision])
+    if opened.meta is not None and opened.main != "unet":
+        task = opened.meta["config"]["task"]
+        raise ValueError(f"{path} is a run of {task}, which makes no pictures of its own: use jdiff.load")
     if missing := {"unet", "vae", "text"} - set(modules):
         raise convert.ConversionError(
             f"{path} holds no {' and no '.join(sorted(missing))}, which making pictures takes"
         )
+    words = opened.tokenizer
     if words is None:
-        raise ValueError(
-            f"{path} holds no tokenizer: give tokenizer=, its folder or the hub's openai/clip-vit-large-patch14"
-        )
-    folder = convert.locate(words)
-    inner = folder / "tokenizer"
+        if tokenizer is None:
+            raise ValueError(
+                f"{path} holds no tokenizer: give tokenizer=, its folder or the hub's openai/clip-vit-large-patch14"
+            )
+        folder = convert.locate(tokenizer)
+        words = Tokenizer.from_folder(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
+    params, names = attach(opened, on(mesh, {name: opened.models[name][1] for name in modules}), lora, mesh)
+    record = opened.scheduler
     return TextPipeline(
         modules["unet"],
-        modules["vae"].clone(dtype=vae_dtype),
+        modules["vae"].clone(dtype=DTYPES[vae_precision]),
         modules["text"],
-        tokens.Tokenizer.from_folder(inner if inner.is_dir() else folder),
-        schedulers.make_scheduler("pndm"),
+        words,
+        schedulers.make_scheduler("pndm") if record is None else schedulers.from_config(record),
         params,
         mesh=mesh,
-        size=512,
+        size=opened.size or 512,
+        clip_skip=opened.clip_skip,
+        loras=names,
     )
 
 
-def _not_a_run(path: str | Path, weights: str, step: int | None) -> None:
-    for name, value, default in (("weights", weights, "ema"), ("step", step, None)):
-        if value != default:
-            raise ValueError(f"{name}={value}: {path} is no training run, and has one set of weights")
+def _class_pipeline(
+    opened: Opened, params: Any, loras: list[tuple[str, float]], mesh: Mesh, vae_dtype: Any
+) -> ClassPipeline:
+    """The pipeline of a DiT; its latents are shown through its autoencoder where it has one, else by a run's preview."""
+    model, meta, preview = opened.models["dit"][0], opened.meta, None
+    config = configs.default() if meta is None else configs.from_dict(meta["config"])
+    if meta is not None and config.data.name == "latents":
+        from jdiff.data.latents import Latents
+
+        preview = Latents(config.data.path).preview
+    elif "vae" in opened.models:
+        vae, vae_params = opened.models["vae"][0].clone(dtype=vae_dtype), on(mesh, opened.models["vae"][1])
+        preview = partial(_decoded, jax.jit(partial(_decode, vae)), vae_params, mesh)
+    process = make_process(config.diffusion, model.learn_sigma)
+    settings = {"class_names": opened.class_names, "preview": preview, "loras": loras}
+    return ClassPipeline(model, params, process, mesh=mesh, **settings)
+
+
+def _decode(vae: Any, params: Any, z_BhwC: jax.Array) -> jax.Array:
+    return vae.apply({"params": params}, z_BhwC / vae.scaling_factor, method="decode").astype(jnp.float32)
+
+
+def _decoded(decode: Any, params: Any, mesh: Mesh, z_BhwC: np.ndarray) -> np.ndarray:
+    """Latents as pictures, as many at once as there are devices: uint8 (B, H, W, 3)."""
+    parts = np.array_split(z_BhwC, range(mesh.size, len(z_BhwC), mesh.size))
+    made = [gather(decode(params, spread(mesh, {"z": z})["z"]))[: len(z)] for z in parts]
+    return to_uint8(np.concatenate(made))

@@ -36,10 +36,22 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-8,
     decay_rules: tree.Rules[bool] = DECAYED,
+    plus_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) whose decay reaches only the leaves that `decay_rules` choose."""
+    """AdamW (arXiv:1711.05101) whose decay reaches only the leaves that `decay_rules` choose.
+
+    plus_ratio: what the learning rate of LoRA's b is multiplied by (LoRA+, arXiv:2402.12354).
+    """
     mask = lambda params: tree.apply_rules(decay_rules, params)  # noqa: E731
-    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+    if plus_ratio == 1.0:
+        return adamw
+
+    def quicker(updates: Any, params: Any) -> Any:
+        return tree.map_with_path(lambda path, x: x * tree.match(rates, path), updates)
+
+    rates = ((r"lora/.*/b", plus_ratio), (r".*", 1.0))
+    return optax.chain(adamw, optax.stateless(quicker))
 
 
 def clip_scale(norm: jax.Array, clip_norm: float | None) -> jax.Array | float:

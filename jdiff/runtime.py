@@ -13,21 +13,22 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 LEAST_ROWS = 4
-"""Rows of a batch that a CPU core should have at least, to be worth a device of its own."""
+"""Rows of a training batch that a CPU core should have at least, to be worth a device of its own."""
 
 
-def cpu_devices(rows: int, data: int = -1, fsdp: int = 1) -> int:
+def cpu_devices(rows: int, data: int = -1, fsdp: int = 1, least: int = LEAST_ROWS) -> int:
     """How many devices a CPU should be split into for batches of so many rows, on a mesh of data x fsdp.
 
-    Where `data` may be what it likes (-1): the largest divisor of rows that leaves each device `LEAST_ROWS` and a core of its
-    own. A core a device does everything side by side, where XLA spreads only its large operations over the cores: a
-    convolutional training step of 8 rows is 1.9 times as quick on two cores (docs/performance.md). Each device holds the
-    weights, so `mesh.data=1` is the way out where memory is short.
+    Where `data` may be what it likes (-1): the largest divisor of rows that leaves each device `least` of them and a core of
+    its own. A core a device does everything side by side, where XLA spreads only its large operations over the cores: a
+    convolutional training step of 8 rows is 1.9 times as quick on two cores (docs/performance.md). Each device holds what is
+    trained, so `mesh.data=1` is the way out where memory is short; weights that are only read are shared (`sharding.put`),
+    so sampling takes a device for every row (least=1).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if (data, fsdp) != (-1, 1):
         return data * fsdp if 1 <= data * fsdp <= cores and data > 0 else 1
-    return max(n for n in range(1, max(1, min(cores, rows // LEAST_ROWS)) + 1) if rows % n == 0)
+    return max(n for n in range(1, max(1, min(cores, rows // least)) + 1) if rows % n == 0)
 
 
 def prepare(devices: int | None = None) -> None:

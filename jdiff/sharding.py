@@ -12,6 +12,9 @@ BATCH = PartitionSpec(("data", "fsdp"))
 SMALL = 2**14
 """Leaves with fewer scalars than this are replicated: gathering them costs more than holding them."""
 
+ALIGNMENT = 64
+"""Bytes; XLA:CPU's for buffers that it does not copy."""
+
 RULES: tree.Rules[str] = ((r"(.*/)?pos_embed", "replicate"), (r".*", "fsdp"))
 """Path -> "replicate", or "fsdp": the largest axis that the fsdp mesh axis divides is split over it."""
 
@@ -62,6 +65,24 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows -> global arrays, their rows over the mesh."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """So many rows over all devices, where they divide; else the same on every device."""
+    return batch_sharding(mesh) if rows % mesh.size == 0 else replicated(mesh)
+
+
+def put(array: Any, where: jax.sharding.Sharding) -> jax.Array:
+    """An array on devices, as a copy of the caller's. The devices of one CPU share that copy where they hold the same of it."""
+    if not (where.is_fully_replicated and len(where.device_set) > 1 and jax.default_backend() == "cpu"):
+        return jax.device_put(array, where, may_alias=False)
+    array = np.asarray(array)
+    # XLA takes the memory itself, for every device, when it begins at a multiple of 64 bytes
+    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return jax.device_put(copy, where)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

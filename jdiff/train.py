@@ -37,36 +37,37 @@ log = logging.getLogger(__name__)
 class TrainState:
     """What training carries from step to step.
 
-    params: the trainable leaves; frozen: the others; merged they are the model's tree. ema_params: the average of params.
+    params: the trainable leaves; frozen: the others; base: those of the others that a checkpoint leaves where they came from.
+    Merged they are the model's tree. ema_params: the average of params.
     """
 
     step: jax.Array
     params: Any
     frozen: Any
+    base: Any
     opt_state: Any
     ema_params: Any
 
     def items(self) -> dict[str, Any]:
-        """The state as a checkpoint keeps it: by item, since sampling reads only some."""
+        """The state as a checkpoint keeps it, without the base and its models: by item, since sampling reads only some."""
+        held = [name for name in self.params if jax.tree.leaves((self.params[name], self.frozen[name]))]
+        trees = {"params": self.params, "frozen": self.frozen, "ema_params": self.ema_params}
         progress = {"step": self.step, "opt_state": self.opt_state}
-        return {"params": self.params, "frozen": self.frozen, "ema_params": self.ema_params, "progress": progress}
+        return {**{item: {name: whole[name] for name in held} for item, whole in trees.items()}, "progress": progress}
 
     @classmethod
-    def from_items(cls, items: Mapping[str, Any]) -> "TrainState":
+    def from_items(cls, items: Mapping[str, Any], base: Any) -> "TrainState":
         """Undoes `items`."""
-        return cls(
-            items["progress"]["step"],
-            items["params"],
-            items["frozen"],
-            items["progress"]["opt_state"],
-            items["ema_params"],
-        )
+        empty = jax.tree.map(lambda _: None, base)
+        params, frozen, average = ({**empty, **items[name]} for name in ("params", "frozen", "ema_params"))
+        return cls(items["progress"]["step"], params, frozen, base, items["progress"]["opt_state"], average)
 
 
 def init_state(task: Task, tx: optax.GradientTransformation, key: jax.Array, given: Any) -> TrainState:
     """A fresh state: the task's initialisation, its frozen leaves apart, the average starting as a copy."""
-    params, frozen = tree.set_apart(task.init(key, given), task.frozen)
-    return TrainState(jnp.zeros((), jnp.int32), params, frozen, tx.init(params), jax.tree.map(jnp.copy, params))
+    params, rest = tree.set_apart(task.init(key, given), task.frozen)
+    frozen, base = tree.set_apart(rest, task.base)
+    return TrainState(jnp.zeros((), jnp.int32), params, frozen, base, tx.init(params), jax.tree.map(jnp.copy, params))
 
 
 def sample_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
@@ -94,9 +95,10 @@ def train_step(
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     keys_B = sample_keys(seed, state.step, rows)
+    frozen = tree.merge(state.frozen, state.base)
 
     if accumulate == 1:
-        grads, losses = gradient(state.params, state.frozen, batch, keys_B, state.step)
+        grads, losses = gradient(state.params, frozen, batch, keys_B, state.step)
         loss = losses["loss"].mean()
     else:
         # rows are dealt round, so that each device's rows of a micro-batch are rows it already holds
@@ -104,7 +106,7 @@ def train_step(
 
         def body(total_grads: Any, micro: Any) -> tuple[Any, Any]:
             part, keys = micro
-            grads, losses = gradient(state.params, state.frozen, part, keys, state.step)
+            grads, losses = gradient(state.params, frozen, part, keys, state.step)
             return jax.tree.map(jnp.add, total_grads, grads), (losses["loss"].mean(), losses)
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -125,6 +127,7 @@ def train_step(
         state.step + 1,
         keep(params, state.params),
         state.frozen,
+        state.base,
         keep(opt_state, state.opt_state),
         keep(ema_params, state.ema_params),
     )
@@ -151,7 +154,8 @@ class Setup:
         self.source = self.task.source
         o = config.optim
         self.lr = optim.make_schedule(o.schedule, o.lr, o.warmup_steps, config.total_steps)
-        self.tx = optim.make_optimizer(self.lr, o.weight_decay, o.b1, o.b2, o.eps)
+        settings = {"plus_ratio": config.lora.plus_ratio}
+        self.tx = optim.make_optimizer(self.lr, o.weight_decay, o.b1, o.b2, o.eps, **settings)
         self.init = partial(init_state, self.task, self.tx)
         self.shapes = jax.eval_shape(self.init, jax.random.key(0), {})
         self.placed = sharding.shardings(self.mesh, self.shapes)
@@ -167,6 +171,10 @@ class Setup:
         given = self.task.given()
         given = jax.device_put(given, sharding.shardings(self.mesh, given))
         return jax.jit(self.init, out_shardings=self.placed)(jax.random.key(self.config.seed), given)
+
+    def base(self) -> Any:
+        """The state's leaves that no checkpoint holds, from where they came from."""
+        return self.fresh_state().base if jax.tree.leaves(self.shapes.base) else self.shapes.base
 
     @cached_property
     def step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
@@ -209,9 +217,11 @@ class Setup:
 
     def describe(self) -> str:
         """One line: model, size, precision, devices, data."""
-        shape, size = dict(self.mesh.shape), tree.count((self.shapes.params, self.shapes.frozen))
+        shape, size = dict(self.mesh.shape), tree.count((self.shapes.params, self.shapes.frozen, self.shapes.base))
+        trained = tree.count(self.shapes.params)
         return (
-            f"{self.task.title}: {size:,} parameters, {self.config.precision}, {self.mesh.size} device(s) as {shape}, "
+            f"{self.task.title}: {size:,} parameters, {trained:,} trained, {self.config.precision}, "
+            f"{self.mesh.size} device(s) as {shape}, "
             f"{len(self.source):,} records of {self.source.num_classes} classes from {self.source.name}"
         )
 
@@ -228,6 +238,11 @@ def compare_runs(setup: Setup, meta: Mapping[str, Any], workdir: Path) -> None:
             f"{workdir} holds checkpoints of another model ({', '.join(wrong)}); "
             "choose another --workdir, or the config it was made with"
         )
+    if (base := now.get("lora", {}).get("base")) != then.get("lora", {}).get("base"):
+        what = f"init_from={setup.config.init_from} is another base than the adapters in {workdir} were trained on"
+        if base is None or not setup.config.lora.any_base:
+            raise checkpoint.CheckpointError(f"{what}: give that base, or --config.lora.any_base=true to take this one")
+        log.warning("%s", what)
     old = configs.flat(then["config"])
     for key, value in configs.flat(now["config"]).items():
         if old.get(key) != value:
@@ -248,7 +263,7 @@ def resume(setup: Setup, checkpoints: checkpoint.Checkpoints) -> tuple[TrainStat
         return setup.fresh_state(), Window()
     items, meta = found
     log.info("resumed from step %d of %s", meta["step"], checkpoints.workdir)
-    return TrainState.from_items(items), Window(meta["window"])
+    return TrainState.from_items(items, setup.base()), Window(meta["window"])
 
 
 class Run:
@@ -293,7 +308,7 @@ class Run:
 
     def average(self) -> Any:
         """The full tree with the averaged parameters."""
-        return tree.merge(self.state.ema_params, self.state.frozen)
+        return tree.merge(self.state.ema_params, self.state.frozen, self.state.base)
 
     def save(self, step: int, measures: Mapping[str, float]) -> None:
         """Starts a checkpoint."""

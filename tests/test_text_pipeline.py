@@ -322,7 +322,7 @@ def test_slices_give_what_the_whole_gives(at_once):
         largest.append(len(pair[0]))
         return pair[0] + pair[1] ** 2
 
-    found = jax.jit(lambda x: in_slices(function, (x, 2 * x), 2, at_once))(rows)
+    found = jax.jit(lambda x: in_slices(function, (x, 2 * x), mesh, at_once))(rows)
     np.testing.assert_array_equal(found, x + 4 * x**2)
     assert max(largest) <= 2 * at_once
 

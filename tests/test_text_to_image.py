@@ -87,6 +87,8 @@ def base(tmp_path_factory):
     parts["scheduler"] = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     for name, part in parts.items():
         part.save_pretrained(folder / name)
+    index = {"_class_name": "StableDiffusionPipeline", **{name: ["diffusers", "…"] for name in (*parts, "tokenizer")}}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -116,7 +118,7 @@ def from_base(pictures, base, **changes):
     config = make_config(pictures)
     default = configs.flat(configs.default("text_to_image"))
     sizes = {key: value for key, value in default.items() if key.startswith(("unet.", "text."))}
-    config.update_from_flattened_dict({**sizes, "base": str(base), **changes})
+    config.update_from_flattened_dict({**sizes, "init_from": str(base), **changes})
     return config
 
 
@@ -421,9 +423,9 @@ def line(error):
     ("changes", "said"),
     [
         ({}, r"vae\.path is missing"),
-        ({"vae.path": "nowhere"}, r"nowhere.*config\.json is missing"),
-        ({"vae.path": "BASE/unet"}, "holds a UNet, where AutoencoderKL is needed"),
-        ({"vae.path": "BASE/vae", "text.train": False}, r"text\.train=false without base"),
+        ({"vae.path": "nowhere"}, r"nowhere does not exist"),
+        ({"vae.path": "BASE/unet"}, "holds no vae, which is needed; it holds unet"),
+        ({"vae.path": "BASE/vae", "text.train": False}, r"text\.train=false without init_from"),
         ({"vae.path": "BASE/vae", "data.image_size": 17}, r"data\.image_size=17 is no multiple of 2"),
         ({"vae.path": "BASE/vae", "buckets.use": True, "buckets.step": 1}, r"buckets\.step=1 is no multiple of 2"),
         ({"vae.path": "BASE/vae", "data.name": "imagefolder", "data.path": "FOLDER"}, "has no captions"),
@@ -433,7 +435,7 @@ def line(error):
         ({"vae.path": "BASE/vae", "text.heads": 3}, "heads=3"),
         ({"vae.path": "BASE/vae", "text.clip_skip": 2}, r"text\.clip_skip=2 must be below the text encoder's 2 layers"),
         ({"vae.path": "BASE/vae", "sample.prompts": ()}, r"sample\.prompts is empty"),
-        ({"base": "BASE"}, r"(unet|text)\.\w+=.* cannot be had with base"),
+        ({"init_from": "BASE"}, r"(unet|text)\.\w+=.* cannot be had with init_from"),
     ],
 )
 def test_a_mistake_is_one_line(pictures, base, image_folder, changes, said):

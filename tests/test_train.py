@@ -21,7 +21,7 @@ from jdiff import checkpoint, models, optim, train, tree
 from jdiff import config as configs
 from jdiff.diffusion.process import make_process
 from jdiff.layers import sincos_positions_2d
-from jdiff.tasks import class_to_image, mean_gradient
+from jdiff.tasks import NOTHING, class_to_image, mean_gradient
 from jdiff.tasks.class_to_image import class_loss
 
 SPEED = ("steps_per_second", "images_per_second", "model_flops_per_second", "data_wait_share", "mfu")
@@ -46,7 +46,7 @@ class Small:
         self.model = models.create("DiT-S/2", **fields)
         settings = configs.default().diffusion
         settings.kind = kind
-        self.frozen = "dit/pos_embed"
+        self.frozen, self.base = "dit/pos_embed", NOTHING
         self.loss_fn = class_loss(self.model, make_process(settings, learn_sigma=True))
         self.gradient = mean_gradient(self.loss_fn)
         self.tx = optim.make_optimizer(optim.make_schedule("constant", lr, 0, 100), 0.01)
@@ -59,7 +59,8 @@ class Small:
         # off the official initialisation, whose zeros hide most of the gradient
         keys = iter(jax.random.split(jax.random.key(1), 100))
         params = jax.tree.map(lambda x: x + noise * jax.random.normal(next(keys), x.shape), state.params)
-        return train.TrainState(state.step, params, state.frozen, self.tx.init(params), jax.tree.map(jnp.copy, params))
+        average = jax.tree.map(jnp.copy, params)
+        return train.TrainState(state.step, params, state.frozen, state.base, self.tx.init(params), average)
 
     def step(self, **options):
         ema = optim.Ema(0.9)

@@ -18,8 +18,8 @@ def captions():
     return [" ".join(rng.choice(WORDS.split(), 6)) for _ in range(400)]
 
 
-def make_folder(path: Path, in_channels: int = 4) -> Path:
-    """A pipeline's folder as diffusers writes it, all of it small and random, with some contrast."""
+def make_folder(path: Path, in_channels: int = 4, levels: int = 2) -> Path:
+    """A pipeline's folder as diffusers writes it, all of it small and random, with some contrast. levels: the UNet's."""
     torch.manual_seed(0)
     Tokenizer.train(captions(), 1000).save(path / "vocabulary")
     vocab = json.loads((path / "vocabulary" / "vocab.json").read_text())
@@ -29,9 +29,9 @@ def make_folder(path: Path, in_channels: int = 4) -> Path:
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         in_channels=in_channels,
-        down_block_types=down,
-        up_block_types=up,
-        block_out_channels=(32, 64),
+        down_block_types=down[:levels],
+        up_block_types=up[-levels:],
+        block_out_channels=(32, 64)[:levels],
         layers_per_block=1,
         cross_attention_dim=32,
         attention_head_dim=4,

@@ -2,6 +2,7 @@
 
     python tools/bench.py dit [--batch 8] [--rounds 9] [--only train] [--memory] [--json FILE]
     python tools/bench.py sd [--batch 2] [--rounds 5] [--only unet,vae] [--memory]
+    python tools/bench.py lora [--batch 1] [--rounds 5] [--only step,full] [--memory]
     python tools/bench.py data [--source imagefolder --path FOLDER] [--batch 64] [--step-ms 100]
 
 Each case makes both sides from one set of random weights, asserts that they compute the same, warms both up, and then runs
@@ -23,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import jax
-from benchmarks import data, dit, sd
+from benchmarks import data, dit, lora, sd
 from benchmarks.timing import Row
 
 from jdiff import runtime
@@ -57,7 +58,7 @@ def machine() -> Row:
 
 def report(rows: list[Row]) -> None:
     """The rows as a small table."""
-    known = ("jdiff_ms", "torch_ms", "ratio", "ratio_min", "images_per_s", "waits", "others")
+    known = ("jdiff_ms", "torch_ms", "ratio", "ratio_min", "images_per_s", "quicker", "memory_share", "waits", "others")
     columns = [key for key in known if any(key in row for row in rows)]
     print(" | ".join(["case".ljust(28), *(key.rjust(9) for key in columns)]))
     for row in rows:
@@ -66,13 +67,18 @@ def report(rows: list[Row]) -> None:
         print("other processes took more than 5 % of the machine: measure again when it is quiet", file=sys.stderr)
 
 
-CASES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {"dit": dit.dit, "sd": sd.sd, "data": data.data}
+CASES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "dit": dit.dit,
+    "sd": sd.sd,
+    "lora": lora.lora_steps,
+    "data": data.data,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
-    parser.add_argument("--batch", type=int, help="rows (default: 2 for sd, else 8)")
+    parser.add_argument("--batch", type=int, help="rows (default: 2 for sd, 1 for lora, else 8)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="append the lines to this file")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each side in its own process")
@@ -86,8 +92,9 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=100.0)
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.batch = args.batch or (2 if args.case == "sd" else 8)
-    runtime.prepare()
+    args.batch = args.batch or {"sd": 2, "lora": 1}.get(args.case, 8)
+    # as launch.py and tools/sample.py do on a CPU
+    runtime.prepare(runtime.cpu_devices(args.batch, least=1 if args.case == "sd" else runtime.LEAST_ROWS))
     rows = []
     lines = [machine()] if not args.side else []
     for line in lines:

@@ -105,12 +105,13 @@ def on_devices(function: Any, module: Any, params: Any, batch_size: int) -> tupl
     import jax
 
     from jdiff import models, sharding, tree
+    from jdiff.pipelines.rows import place
 
     mesh = sharding.make_mesh()
     if batch_size % mesh.size:
         raise ValueError(f"--batch-size {batch_size} does not divide over {mesh.size} devices")
     digest = tree.digest({**tree.checksums(params), "model": models.describe(module)})
-    params = jax.device_put(params, sharding.replicated(mesh))
+    params = place(mesh, params)
     jitted = jax.jit(function)
 
     def run(rows: np.ndarray) -> np.ndarray:

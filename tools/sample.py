@@ -3,6 +3,7 @@
     python tools/sample.py runs/a --labels 1,5,7 --steps 50 --guidance 4 --seed 0 --out grid.png
     python tools/sample.py runs/a --num 50000 --guidance 1.5 --npz samples.npz      # uint8 (N, H, W, 3) and labels
     python tools/sample.py sd15/ --prompt "a (red:1.3) fox" --negative "blurry" --scheduler euler --num 4
+    python tools/sample.py sd15/ --prompt "a fox" --lora style.safetensors:0.8 --lora runs/003-sd15_lora
     python tools/sample.py sd15/ --prompt "a fox" --image photo.png --strength 0.6 --size 512x768 --out fox.png
     python tools/sample.py sd15/ --prompt "a fox" --image photo.png --mask mask.png   # white is made anew
 
@@ -54,6 +55,15 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(words[0]), int(words[-1])
 
 
+def parse_lora(text: str) -> tuple[str, float]:
+    """`FILE` or `FILE:SCALE` -> (file, scale)."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if colon else (text, 1.0)
+    except ValueError:  # a colon of the path's own
+        return text, 1.0
+
+
 def main() -> int:
     """Parses, samples in batches, writes; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,6 +76,9 @@ def main() -> int:
     parser.add_argument("--guidance-rescale", type=float, default=0.0, help="phi of arXiv:2305.08891")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, help="pictures made at once (64 by label, 4 by prompt)")
+    parser.add_argument(
+        "--lora", action="append", default=[], help="FILE or FILE:SCALE of peft, diffusers, kohya or a run; repeatable"
+    )
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run")
     parser.add_argument("--step", type=int, help="a run's checkpoint (default: the newest)")
     parser.add_argument(
@@ -112,8 +125,11 @@ def sample(options: argparse.Namespace) -> int:
     from jdiff import runtime
     from jdiff.pipelines import TextPipeline
 
-    runtime.prepare()
-    pipe = jdiff.pipeline(options.run, weights=options.weights, step=options.step)
+    given = len(options.prompt or ()) or len((options.labels or "").split(","))
+    count = min(options.batch_size or 64, max(options.num or 1, given))
+    runtime.prepare(runtime.cpu_devices(count if options.guidance == 1 else 2 * count, least=1))
+    loras = [parse_lora(text) for text in options.lora]
+    pipe = jdiff.pipeline(options.run, weights=options.weights, step=options.step, lora=loras)
     by_prompt = isinstance(pipe, TextPipeline)
     for name in BY_LABELS if by_prompt else BY_PROMPTS:
         if getattr(options, name) is not None:

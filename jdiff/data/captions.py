@@ -3,7 +3,8 @@
 - `*.parquet` of a Hugging Face data set (see jdiff/data/parquet.py), one file or a folder of them;
 - `metadata.jsonl` or `metadata.csv` beside the pictures, as Hugging Face's imagefolder has it: `file_name`, relative to it, and
   `text` (or `caption`, or `prompt`), in the JSON also a list of texts, of which one is drawn at each reading;
-- a `.txt` of the same name beside each picture.
+- a `.txt` of the same name beside each picture;
+- pictures alone, where one prompt is given for all.
 
 Every picture has a caption: those without are an error that names them.
 """
@@ -52,7 +53,7 @@ class Captions:
     """Pictures of (image_size, image_size, 3), or of their bucket's size, with `caption`; see `jdiff.data.Source`.
 
     They are all of one class. sizes: the buckets' (`buckets.make_sizes`). random_crop: cut where `rng` says rather than in the
-    middle.
+    middle. prompt: the caption of every picture below a folder that has none (DreamBooth's instance prompt).
     """
 
     name = "captions"
@@ -60,11 +61,16 @@ class Captions:
     has_captions = True
 
     def __init__(
-        self, path: str, image_size: int, sizes: tuple[buckets.Size, ...] | None = None, random_crop: bool = False
+        self,
+        path: str,
+        image_size: int,
+        sizes: tuple[buckets.Size, ...] | None = None,
+        random_crop: bool = False,
+        prompt: str | None = None,
     ):
         self.shape: tuple[int, int, int] = (image_size, image_size, 3)
         self.class_names: list[str] = [Path(path).resolve().name]
-        self._layout, self._random_crop = _open(Path(path)), random_crop
+        self._layout, self._random_crop = _open(Path(path), prompt), random_crop
         facts = hashlib.sha256(self._layout.digest + f"{self.shape}{random_crop}".encode())
         self.buckets = None
         if sizes is not None:
@@ -102,8 +108,8 @@ class Captions:
         return BrokenRecord(self._layout.where(index), f"{type(error).__name__}: {error}".replace("\n", " "))
 
 
-def _open(path: Path) -> Layout:
-    """The layout that is found at `path`; DataError when there is none, or more than one."""
+def _open(path: Path, prompt: str | None) -> Layout:
+    """The layout that is found at `path`; DataError when there is none, or more than one, or captions beside a prompt."""
     if not path.exists():
         raise DataError(f"data.path={str(path)!r} does not exist")
     tables = [path] if path.is_file() else sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
@@ -111,7 +117,11 @@ def _open(path: Path) -> Layout:
     if len(listings) + bool(tables) > 1:
         names = [file.name for file in listings + tables][:3]
         raise DataError(f"data.path={str(path)!r} holds captions in more than one form: {', '.join(names)}; leave one")
+    if prompt is not None and (tables or listings):
+        raise DataError(f"captions.prompt={prompt!r}: {str(path)!r} has captions of its own; leave the prompt out")
     try:
+        if prompt is not None:
+            return OnePrompt(path, prompt)
         if tables:
             from jdiff.data.parquet import Parquet
 
@@ -201,6 +211,27 @@ class Sidecars(_Files):
         if not text:
             raise ValueError(f"the caption in {file.name} is empty")
         return [text]
+
+
+class OnePrompt(_Files):
+    """A `Layout`: pictures anywhere below a folder, all with one caption."""
+
+    def __init__(self, root: Path, prompt: str):
+        self._root, self._texts = root, as_texts(prompt, "captions.prompt")
+        if not self._texts:
+            raise DataError("captions.prompt is blank: write what the pictures show, or leave it out")
+        with tqdm(desc=f"listing {root}", unit="file", leave=False, delay=1) as bar:
+            found = walk(root, (*PICTURES, ".txt"), bar)
+        if texts := [name for name in found if name.endswith(".txt")]:
+            raise DataError(f"captions.prompt={prompt!r}: {root / texts[0]} is a caption; leave the prompt out")
+        if not found:
+            raise DataError(f"data.path={str(root)!r} holds no pictures ({', '.join(PICTURES)})")
+        self._names = Packed(os.fsencode(name) for name in sorted(found))
+        self.digest = self._names.buffer + self._names.offsets.tobytes() + prompt.encode()
+
+    def texts(self, index: int) -> list[str]:
+        """See `Layout`."""
+        return self._texts
 
 
 def as_texts(value: Any, where: str) -> list[str]:

@@ -75,12 +75,19 @@ def open_source(
     split: str = "all",
     buckets: "tuple[Size, ...] | None" = None,
     random_crop: bool = False,
+    prompt: str | None = None,
+    only: str | None = None,
 ) -> Source:
     """captions | openmoji | imagefolder | tfds | latents, by name; DataError when there is nothing to read at `path`.
 
     split: of openmoji, all | train | heldout. buckets: sizes (`buckets.make_sizes`), for captions and imagefolder.
-    random_crop: for captions. An option that the source has not is an error.
+    random_crop, prompt: for captions. only: the classes that are read, by comma. An option that the source has not is an error.
     """
+    if only is not None:
+        from jdiff.data.some_classes import SomeClasses
+
+        whole = {"path": path, "image_size": image_size, "split": split, "buckets": buckets, "random_crop": random_crop}
+        return SomeClasses(open_source(name, **whole, prompt=prompt), only)
     if name not in NAMES:
         raise DataError(f"data.name={name!r} is unknown; use {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     if split != "all" and name != "openmoji":
@@ -89,6 +96,8 @@ def open_source(
         raise DataError(f"data.name={name!r} has pictures of one size; buckets are for captions and imagefolder")
     if random_crop and name != "captions":
         raise DataError(f"data.name={name!r} has no random crop; captions has")
+    if prompt is not None and name != "captions":
+        raise DataError(f"captions.prompt={prompt!r} is for data.name='captions', not {name!r}")
     if name == "openmoji":
         from jdiff.data.openmoji import OpenMoji
 
@@ -98,7 +107,7 @@ def open_source(
     if name == "captions":
         from jdiff.data.captions import Captions
 
-        return Captions(path, image_size, buckets, random_crop)
+        return Captions(path, image_size, buckets, random_crop, prompt)
     if name == "imagefolder":
         from jdiff.data.imagefolder import ImageFolder
 

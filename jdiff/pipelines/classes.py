@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 
 from jdiff import diffusion, sharding
 from jdiff.diffusion.process import Process
+from jdiff.pipelines.loras import WithLoras
 from jdiff.pipelines.pictures import to_uint8
-from jdiff.pipelines.rows import gather, spread
+from jdiff.pipelines.rows import gather, over, spread
 
 Preview = Callable[[np.ndarray], np.ndarray]
 
 
-class ClassPipeline:
+class ClassPipeline(WithLoras):
     """Class-conditional sampling with a model, its parameters and its diffusion process, over all devices of a mesh.
 
     preview: samples (B, H, W, C) -> uint8 RGB, for a model of latents; pixels need none.
@@ -33,16 +34,17 @@ class ClassPipeline:
         mesh: Mesh | None = None,
         class_names: Sequence[str] = (),
         preview: Preview | None = None,
+        loras: Sequence[tuple[str, float]] = (),
     ):
+        self.loras = list(loras)
         self.model, self.params, self.process = model, params, process
         self.mesh = mesh or sharding.make_mesh()
         self.class_names, self.preview = list(class_names), preview or to_uint8
 
     @cached_property
     def _denoise(self) -> Callable[..., jax.Array]:
-        rows = sharding.batch_sharding(self.mesh)
         static = ("guidance_scale", "guidance_channels", "guidance_rescale", "guidance_interval", "sampler", "steps")
-        return jax.jit(partial(_denoise, self.model, self.process), static_argnames=static, out_shardings=rows)
+        return jax.jit(partial(_denoise, self.mesh, self.model, self.process), static_argnames=static)
 
     def __call__(
         self,
@@ -84,7 +86,7 @@ class ClassPipeline:
         }
         x_BHWC = self._denoise(
             self.params if params is None else params,
-            spread(self.mesh, inputs),
+            spread(self.mesh, inputs, 1 if guidance_scale == 1 else 2),
             jax.random.key(seed),
             guidance_scale=float(guidance_scale),
             guidance_channels=guidance_channels,
@@ -101,6 +103,7 @@ class ClassPipeline:
 
 
 def _denoise(
+    mesh: Mesh,
     model: Any,
     process: Process,
     params: Any,
@@ -118,8 +121,8 @@ def _denoise(
     keys_B2 = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(inputs["index"])
     shape = (model.image_size, model.image_size, model.channels)
     x_T = diffusion.sample_noise(keys_B2[:, 0], shape)
-    denoise = diffusion.guide(
-        lambda x_BHWC, t_B, y_B: model.apply({"params": params}, x_BHWC, t_B, y_B),
+    guided = diffusion.guide(
+        lambda *inputs: model.apply({"params": params}, *over(mesh, inputs)),
         inputs["label"],
         model.null_label,
         guidance_scale,
@@ -127,4 +130,6 @@ def _denoise(
         rescale=guidance_rescale,
         interval=guidance_interval,
     )
-    return process.sample(denoise, x_T, keys_B2[:, 1], sampler, steps).astype(jnp.float32)
+    # without these the compiler might choose to spread what the steps hand on over part of the devices
+    denoise = lambda x, t_B: over(mesh, guided(*over(mesh, (x, t_B))))  # noqa: E731
+    return over(mesh, process.sample(denoise, x_T, keys_B2[:, 1], sampler, steps).astype(jnp.float32))

@@ -11,16 +11,27 @@ from jax.sharding import Mesh
 from jdiff import sharding
 
 
-def spread(mesh: Mesh, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def spread(mesh: Mesh, rows: Mapping[str, np.ndarray], calls: int = 1) -> dict[str, jax.Array]:
     """Arrays with a leading batch axis, the same on every process -> global arrays, their rows over the mesh.
 
-    The batch is filled up to a multiple of the devices by repeating it: cut what comes of it to the old length.
+    The batch is filled up by repeating it, until the rows of work that come of it, `calls` for each, divide by the devices:
+    cut what comes of it to the old length. Rows that do not divide by themselves lie whole on every device.
     """
     count = len(next(iter(rows.values())))
-    padded = math.ceil(count / mesh.size) * mesh.size
+    unit = mesh.size // math.gcd(mesh.size, calls)
+    padded = math.ceil(count / unit) * unit
+    if padded % mesh.size:
+        everywhere = sharding.replicated(mesh)
+        whole = {name: array[np.arange(padded) % count] for name, array in rows.items()}
+        return {name: jax.make_array_from_process_local_data(everywhere, array) for name, array in whole.items()}
     each = padded // jax.process_count()
     mine = np.arange(jax.process_index() * each, (jax.process_index() + 1) * each) % count
     return sharding.put_batch(mesh, {name: array[mine] for name, array in rows.items()})
+
+
+def over(mesh: Mesh, rows: Any) -> Any:
+    """A traced tree of arrays with its rows over the mesh, or whole on every device where they do not divide."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding.row_sharding(mesh, len(x))), rows)
 
 
 def gather(x: jax.Array) -> np.ndarray:
@@ -38,17 +49,28 @@ def place(mesh: Mesh, params: Any) -> Any:
 
     def put(leaf: Any) -> jax.Array:
         there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == where.device_set
-        return leaf if there else jax.device_put(leaf, where)
+        return leaf if there else sharding.put(leaf, where)
 
     return jax.tree.map(put, params)
 
 
-def in_slices(function: Callable[[Any], jax.Array], rows: Any, devices: int, at_once: int) -> jax.Array:
+def on_fewest(mesh: Mesh, arrays: Any) -> Any:
+    """Arrays that lie whole on every device, as the first device has them, without a copy: the others would do the same work.
+
+    As they are when some are spread over the devices, or over processes.
+    """
+    alike = all(leaf.sharding.is_fully_replicated and leaf.is_fully_addressable for leaf in jax.tree.leaves(arrays))
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), arrays) if alike and mesh.size > 1 else arrays
+
+
+def in_slices(function: Callable[[Any], jax.Array], rows: Any, mesh: Mesh, at_once: int) -> jax.Array:
     """`function` of a tree of rows, so that each device has at most `at_once` of its rows in work (traced).
 
-    Rows lie over the devices in order, as `spread` puts them.
+    Rows lie over the devices in order, or whole on each, as `spread` puts them.
     """
-    each = len(jax.tree.leaves(rows)[0]) // devices
+    count = len(jax.tree.leaves(rows)[0])
+    devices = 1 if count % mesh.size else mesh.size
+    each = count // devices
     size = max(n for n in range(1, min(at_once, each) + 1) if each % n == 0)
     if size == each:
         return function(rows)

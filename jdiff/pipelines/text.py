@@ -17,9 +17,10 @@ from PIL import Image
 from jdiff import diffusion, sharding, tokens, tree
 from jdiff.diffusion import Plan, Scheduler, schedulers
 from jdiff.models.vae import decode_tiled
+from jdiff.pipelines.loras import WithLoras
 from jdiff.pipelines.pictures import to_uint8
 from jdiff.pipelines.request import Geometry, Pictures, Request, make_request
-from jdiff.pipelines.rows import gather, in_slices, place, spread
+from jdiff.pipelines.rows import gather, in_slices, on_fewest, over, place, spread
 from jdiff.version import __version__
 
 TILED_ABOVE = 96
@@ -32,7 +33,7 @@ Carry = tuple[jax.Array, ...]
 Output = Literal["pil", "np", "latent"]
 
 
-class TextPipeline:
+class TextPipeline(WithLoras):
     """Stable Diffusion: a UNet, an autoencoder, a text encoder with its tokenizer, and a scheduler, over a mesh's devices.
 
     params: {"unet", "vae", "text"}: trees of arrays. Those that lie on the mesh's devices stay as they lie, others are put
@@ -57,7 +58,9 @@ class TextPipeline:
         mesh: Mesh | None = None,
         size: int | tuple[int, int] = 512,
         clip_skip: int = 0,
+        loras: Sequence[tuple[str, float]] = (),
     ):
+        self.loras = list(loras)
         self.unet, self.vae, self.text = unet, vae, text
         self.tokenizer, self.scheduler, self.clip_skip = tokenizer, scheduler, clip_skip
         self.mesh = mesh or sharding.make_mesh()
@@ -182,14 +185,15 @@ class TextPipeline:
     def facts(self, prompt: str | Sequence[str], **settings: Any) -> list[dict[str, Any]]:
         """What makes each picture of a call with these arguments, for a PNG's text; those of the output are not among them."""
         request = self._request(prompt, **settings)
-        return [{**facts, "model": self.model_hash, "jdiff": __version__} for facts in request.facts()]
+        shared: dict[str, Any] = {"model": self.model_hash, "jdiff": __version__}
+        if self.loras:
+            shared["lora"] = dict(self.loras)
+        return [{**facts, **shared} for facts in request.facts()]
 
     @cached_property
     def model_hash(self) -> str:
         """Sixteen hex digits of all parameters' values."""
-        # one leaf at a time: leaves of one shape then share a compilation, of which a thousand at once would take minutes
-        leaves = tree.flatten(self.params)
-        return tree.digest({path: tree.checksums({path: leaf})[path] for path, leaf in leaves.items()})
+        return tree.fingerprint(self.params)
 
     def _request(
         self,
@@ -258,7 +262,8 @@ class TextPipeline:
         optional = {"latents": request.latents, "picture": request.images, "mask": request.masks}
         given |= {name: array for name, array in optional.items() if array is not None}
         given |= {name: np.array(getattr(request, name), np.uint32) for name in ("seeds", "indices")}
-        inputs = spread(self.mesh, {**words, **{name: array[rows] for name, array in given.items()}})
+        calls = 1 if request.guidance_scale == 1 else 2
+        inputs = spread(self.mesh, {**words, **{name: array[rows] for name, array in given.items()}}, calls)
         h, w = (n // self.geometry.downscale for n in request.size)
         drawn = self._draw(inputs.pop("seeds"), inputs.pop("indices"), shape=(h, w, self.geometry.channels))
         return {**drawn, **inputs}
@@ -297,9 +302,9 @@ class TextPipeline:
             keys_B4 = jax.vmap(one)(seeds_B, indices_B)
             names = ("latents", "image", "masked")
             noise = {name: diffusion.sample_noise(keys_B4[:, i], shape) for i, name in enumerate(names)}
-            return {**noise, "keys": keys_B4[:, 3]}
+            return over(self.mesh, {**noise, "keys": keys_B4[:, 3]})
 
-        return jax.jit(draw, static_argnames="shape", out_shardings=sharding.batch_sharding(self.mesh))
+        return jax.jit(draw, static_argnames="shape")
 
     @cached_property
     def _encode_text(self) -> Callable[..., jax.Array]:
@@ -307,9 +312,9 @@ class TextPipeline:
 
         def encode(params: Any, ids_BS: jax.Array, weights_BS: jax.Array, clip_skip: int) -> jax.Array:
             run = lambda ids: self.text.apply({"params": params}, ids, clip_skip=clip_skip)  # noqa: E731
-            return tokens.apply_weights(tokens.encode_chunks(run, ids_BS, length), weights_BS, length)
+            return over(self.mesh, tokens.apply_weights(tokens.encode_chunks(run, ids_BS, length), weights_BS, length))
 
-        return jax.jit(encode, static_argnames="clip_skip", out_shardings=sharding.batch_sharding(self.mesh))
+        return jax.jit(encode, static_argnames="clip_skip")
 
     @cached_property
     def _encode_image(self) -> Callable[..., jax.Array]:
@@ -318,15 +323,15 @@ class TextPipeline:
                 posterior = self.vae.apply({"params": params}, pair[0], method="encode")
                 return posterior.astype(jnp.float32).draw(pair[1]) * self.vae.scaling_factor
 
-            return in_slices(some, (x_BHWC, noise_BhwC), self.mesh.size, self._at_once(*x_BHWC.shape[1:3]))
+            at_once = self._at_once(*x_BHWC.shape[1:3])
+            return over(self.mesh, in_slices(some, (x_BHWC, noise_BhwC), self.mesh, at_once))
 
-        return jax.jit(encode, out_shardings=sharding.batch_sharding(self.mesh))
+        return jax.jit(encode)
 
     @cached_property
     def _loop(self) -> Callable[..., tuple[jax.Array, Carry]]:
         """Calls `first`..`last` - 1 of a plan: everything but the plan is traced, so each plan compiles once a shape."""
-        rows = sharding.batch_sharding(self.mesh)
-        return jax.jit(partial(_loop, self.unet), static_argnums=(0, 1), donate_argnums=(4, 5), out_shardings=rows)
+        return jax.jit(partial(_loop, self.mesh, self.unet), static_argnums=(0, 1), donate_argnums=(4, 5))
 
     @cached_property
     def _decode_rows(self) -> Callable[..., jax.Array]:
@@ -335,13 +340,14 @@ class TextPipeline:
                 z_BhwC = z_BhwC / self.vae.scaling_factor
                 return self.vae.apply({"params": params}, z_BhwC, method="decode").astype(jnp.float32)
 
-            d = self.geometry.downscale
-            return in_slices(some, x_BhwC, self.mesh.size, self._at_once(*(d * n for n in x_BhwC.shape[1:3])))
+            at_once = self._at_once(*(self.geometry.downscale * n for n in x_BhwC.shape[1:3]))
+            return in_slices(some, x_BhwC, self.mesh, at_once)
 
-        return jax.jit(decode, out_shardings=sharding.batch_sharding(self.mesh))
+        return jax.jit(decode)
 
     def _decode(self, params: Any, x_BhwC: jax.Array) -> np.ndarray:
         """Latents as the UNet has them -> float32 (B, H, W, 3) on the host."""
+        params, x_BhwC = on_fewest(self.mesh, (params, x_BhwC))
         decode = lambda x: gather(self._decode_rows(params, x))  # noqa: E731
         if max(x_BhwC.shape[1:3]) > TILED_ABOVE:
             return decode_tiled(decode, x_BhwC, self.geometry.downscale)
@@ -364,6 +370,7 @@ class TextPipeline:
 
 
 def _loop(
+    mesh: Mesh,
     unet: Any,
     plan: Plan,
     rescale: float,
@@ -380,20 +387,22 @@ def _loop(
         condition["seen"] = jnp.concatenate([state["mask"], state["masked"]], axis=-1)
 
     def model(x_BhwC: jax.Array, t_B: jax.Array, y: dict[str, jax.Array]) -> jax.Array:
+        x_BhwC, t_B, y = over(mesh, (x_BhwC, t_B, y))
         if "seen" in y:
             x_BhwC = jnp.concatenate([x_BhwC, y["seen"]], axis=-1)
         return unet.apply({"params": params}, x_BhwC, t_B, y["context"]).astype(jnp.float32)
 
-    denoise = diffusion.guide(
-        model, condition, {**condition, "context": state.get("null")}, state.get("scale", 1), rescale=rescale
-    )
+    null = {**condition, "context": state.get("null")}
+    guided = diffusion.guide(model, condition, null, state.get("scale", 1), rescale=rescale)
+    # without the outer two the compiler might choose to spread what the steps hand on over part of the devices
+    denoise = lambda x, t_B: over(mesh, guided(*over(mesh, (x, t_B))))  # noqa: E731
 
     def keep(x_BhwC: jax.Array, i: jax.Array) -> jax.Array:
         mask = state["mask"]
         return (1.0 - mask) * plan.add_noise(state["original"], state["noise"], i) + mask * x_BhwC
 
     steps_BMhwC = state.get("steps")
-    return schedulers.run(
+    found = schedulers.run(
         plan,
         denoise,
         x,
@@ -404,6 +413,7 @@ def _loop(
         after_step=keep if "mask" in state and "masked" not in state else None,
         noise_fn=None if steps_BMhwC is None else lambda i: steps_BMhwC[:, i],
     )
+    return over(mesh, found)
 
 
 class _Report:

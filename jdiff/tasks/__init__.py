@@ -30,13 +30,17 @@ class Task(Protocol):
     """One kind of training. Made by `make_task`, which raises ValueError for a config or data set that cannot work.
 
     title: what is trained, for the log. source: where its records come from. transform: what is made of each record in the
-    reader (None: nothing). frozen: regex of the leaves that are never trained.
+    reader (None: nothing). frozen: regex of the leaves that are never trained; base: of those that a checkpoint does not hold,
+    since `given` gives them again. adaptable: the models that adapters can be trained for, with `loss`.
     """
 
     title: str
     source: Source
     transform: Callable[[dict[str, Any], np.random.Generator], dict[str, Any]] | None
     frozen: str
+    base: str
+    adaptable: tuple[str, ...]
+    loss: LossFn
 
     def given(self) -> Any:
         """Pretrained leaves on the host, a part of the full tree ({}: none). Called for a fresh start only."""
@@ -73,13 +77,22 @@ class Task(Protocol):
 def make_task(config: Any, mesh: Mesh, workdir: Path | None = None) -> Task:
     """The config's task, checked, its data listed; nothing is compiled yet. workdir: for files that a task keeps by its run."""
     name = "".join(part.title() for part in config.task.split("_"))
-    return getattr(importlib.import_module(f"jdiff.tasks.{config.task}"), name)(config, mesh, workdir)
+    task = getattr(importlib.import_module(f"jdiff.tasks.{config.task}"), name)(config, mesh, workdir)
+    if config.lora.rank == 0:
+        return task
+    from jdiff.tasks.adapters import Adapters
+
+    return Adapters(task, config)
+
+
+NOTHING = r"(?!)"
+"""A regex that no path matches."""
 
 
 def open_source(config: Any) -> Source:
     """The source that a config's `data` names."""
-    settings = config.data
-    return data.open_source(settings.name, path=settings.path, image_size=settings.image_size, split=settings.split)
+    d = config.data
+    return data.open_source(d.name, path=d.path, image_size=d.image_size, split=d.split, only=d.only)
 
 
 def mean_gradient(loss_fn: LossFn) -> GradientFn:

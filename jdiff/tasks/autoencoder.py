@@ -18,15 +18,17 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from jdiff import data, models, sharding, tree
+from jdiff import config as configs
+from jdiff import convert, data, models, sharding, tree
 from jdiff.evaluate.reconstruction import psnr, ssim
-from jdiff.loading import DTYPES
+from jdiff.loading import DTYPES, open_checkpoint
 from jdiff.models import lpips
 from jdiff.models.discriminator import PatchDiscriminator
 from jdiff.pipelines import gather, grid, to_uint8
 from jdiff.pipelines.rows import spread
-from jdiff.tasks import Batch, GradientFn, Losses, open_source, use_given
+from jdiff.tasks import NOTHING, Batch, GradientFn, Losses, open_source, use_given
 from jdiff.tasks import autoencoder_loss as losses
+from jdiff.tasks.parts import Part, part_of
 
 log = logging.getLogger(__name__)
 DUMMY = (1, 32, 32, 3)
@@ -107,11 +109,15 @@ class Autoencoder:
 
     transform = None
     frozen = r"lpips/.*"
+    base = NOTHING
+    adaptable = ()
 
     def __init__(self, config: Any, mesh: Mesh, workdir: Path | None = None):
         self.config, self.mesh = config, mesh
         dtype, size = DTYPES[config.precision], config.data.image_size
-        self.vae = models.create("sd15/vae", **config.vae, scaling_factor=1.0, dtype=dtype)
+        self.part = None if config.init_from is None else _given_vae(config, dtype)
+        made = models.create("sd15/vae", **config.vae, dtype=dtype) if self.part is None else self.part.module
+        self.vae = made.clone(scaling_factor=1.0)
         self.title = f"autoencoder f{self.vae.downscale}, {self.vae.latent_channels} channels"
         if size % self.vae.downscale or size < 32:
             raise ValueError(
@@ -138,20 +144,19 @@ class Autoencoder:
         )
 
     def given(self) -> Any:
-        """LPIPS' weights, where lpips.path is set: a safetensors file, or a folder of them."""
+        """The autoencoder of init_from, and LPIPS' weights, where lpips.path is set: a safetensors file, or a folder of them."""
+        given = {} if self.part is None else {"vae": self.part.weights()}
         if self.distance is None:
-            return {}
-        from jdiff import convert
-
+            return given
         path = Path(self.config.lpips.path)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         try:
-            return {"lpips": lpips.from_torch(convert.read_arrays(files))}
+            return {**given, "lpips": lpips.from_torch(convert.read_arrays(files))}
         except ValueError as error:
             raise ValueError(f"lpips.path={self.config.lpips.path!r}: {error}") from error
 
     def init(self, key: jax.Array, given: Any) -> Any:
-        """Fresh weights of all; logvar 0."""
+        """Fresh weights of all but what is given; logvar 0."""
         keys, pictures = jax.random.split(key, 2), jnp.zeros(DUMMY)
         full = {
             "vae": self.vae.init(keys[0], *self.vae.dummy_inputs())["params"],
@@ -241,3 +246,14 @@ class Autoencoder:
     def macs(self) -> int:
         """The autoencoder's, there and back; not the discriminator's."""
         return self.vae.macs(self.config.data.image_size)
+
+
+def _given_vae(config: Any, dtype: Any) -> Part:
+    """The autoencoder of init_from. ValueError where the config asks for sizes of its own."""
+    default = configs.default(config.task).vae
+    for key, value in config.vae.items():
+        if value != default[key]:
+            raise ValueError(
+                f"vae.{key}={value} cannot be had with init_from={config.init_from}, whose model has its own sizes"
+            )
+    return part_of(open_checkpoint(config.init_from, dtype=dtype), "vae", f"init_from={config.init_from}")

@@ -6,14 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from jdiff import models
+from jdiff import models, tree
 from jdiff.diffusion.process import Process, make_process
-from jdiff.loading import DTYPES
+from jdiff.loading import DTYPES, open_checkpoint
 from jdiff.pipelines import ClassPipeline, grid
-from jdiff.tasks import Losses, LossFn, mean_gradient, open_source, use_given
+from jdiff.tasks import NOTHING, Losses, LossFn, mean_gradient, open_source, use_given
 
 
 def class_loss(model: Any, process: Process) -> LossFn:
@@ -36,11 +37,13 @@ class ClassToImage:
     """See `jdiff.tasks.Task`."""
 
     transform = None
+    base = NOTHING
+    adaptable = ("dit",)
 
     def __init__(self, config: Any, mesh: Mesh, workdir: Path | None = None):
         self.config, self.title = config, config.model.name
-        fields = {key: value for key, value in config.model.items() if key != "name" and value is not None}
         # before a long listing: all that can be said of the model without the pictures' size, for which 0 stands
+        fields = {key: value for key, value in config.model.items() if key != "name" and value is not None}
         named = models.create(config.model.name, image_size=0, **fields)
         if config.sample.guidance != 1 and named.null_label is None:
             raise ValueError(
@@ -53,16 +56,39 @@ class ClassToImage:
         self.model = models.create(config.model.name, **shape, dtype=DTYPES[config.precision], **fields)
         self.frozen = f"dit/({self.model.frozen})"
         process = make_process(config.diffusion, self.model.learn_sigma)
-        self.gradient = mean_gradient(class_loss(self.model, process))
+        self.loss = class_loss(self.model, process)
+        self.gradient = mean_gradient(self.loss)
         preview, names = getattr(self.source, "preview", None), self.source.class_names
         self.pipe = ClassPipeline(self.model, None, process, mesh=mesh, class_names=names, preview=preview)
 
     def given(self) -> Any:
-        """Nothing: the model starts from its initialisation."""
-        return {}
+        """The weights of init_from, in float32. ValueError when it holds another model."""
+        path = self.config.init_from
+        if path is None:
+            return {}
+        opened = open_checkpoint(path)
+        if "dit" not in opened.models:
+            raise ValueError(f"init_from={path} holds no dit, which is needed; it holds {', '.join(opened.models)}")
+        module, params = opened.models["dit"]
+        same = {"remat", "scan_layers"}  # how it is run
+        if not self.config.lora.rank:
+            same.add("image_size")  # another has other positions, which no training changes
+        theirs, ours = (
+            {key: value for key, value in models.describe(model).items() if key not in same}
+            for model in (module, self.model)
+        )
+        if wrong := [
+            f"{key} {theirs.get(key)}, not {value}" for key, value in ours.items() if theirs.get(key) != value
+        ]:
+            raise ValueError(
+                f"init_from={path} holds another model than model.* and the data ask for: {', '.join(wrong)}"
+            )
+        if module.image_size != self.model.image_size:
+            params, _ = tree.set_apart(params, self.model.frozen)
+        return {"dit": jax.tree.map(lambda x: np.asarray(x, np.float32), params)}
 
     def init(self, key: jax.Array, given: Any) -> Any:
-        """The model's own initialisation."""
+        """The model's own initialisation, but for what is given."""
         return use_given({"dit": self.model.init(key, *self.model.dummy_inputs())["params"]}, given)
 
     def measure(self, full: Any) -> dict[str, float]:

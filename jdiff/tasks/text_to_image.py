@@ -16,13 +16,15 @@ from PIL import Image
 from jdiff import config as configs
 from jdiff import data, models, tokens
 from jdiff.data import buckets
+from jdiff.data.captions import Captions
 from jdiff.data.latents import read_meta
+from jdiff.data.prior import WithPrior
 from jdiff.data.prompts import Prompts
 from jdiff.diffusion.process import Process, make_text_process, make_text_scheduler, scheduler_record
-from jdiff.loading import DTYPES
+from jdiff.loading import DTYPES, Opened, open_checkpoint
 from jdiff.pipelines import TextPipeline, grid
-from jdiff.tasks import Losses, LossFn, mean_gradient, use_given
-from jdiff.tasks.text_parts import Part, base_scheduler, find_tokenizer, from_folder, open_vae
+from jdiff.tasks import NOTHING, Losses, LossFn, mean_gradient, use_given
+from jdiff.tasks.parts import Part, find_tokenizer, open_vae, part_of
 
 
 def text_loss(
@@ -46,7 +48,8 @@ def text_loss(
             words = tokens.encode_chunks(encode, words, S)
         x_0 = batch["latent"] if "latent" in batch else _latents(vae, params["vae"], batch["image"], keys_B3[:, 1])
         model_fn = lambda x_BhwC, t_B: unet.apply({"params": params["unet"]}, x_BhwC, t_B, words)  # noqa: E731
-        return process.losses(model_fn, x_0, keys_B3[:, 2])
+        losses = process.losses(model_fn, x_0, keys_B3[:, 2])
+        return {**losses, "loss": losses["loss"] * batch["weight"]} if "weight" in batch else losses
 
     return loss
 
@@ -65,33 +68,39 @@ class TextToImage:
     """
 
     title = "Stable Diffusion"
+    base = NOTHING
 
     def __init__(self, config: Any, mesh: Mesh, workdir: Path | None = None):
         self.config, dtype = config, DTYPES[config.precision]
-        base = None if config.base is None else Path(config.base)
         _check_base(config)
         # what can be said without the data comes before a long listing
-        self.scheduler = make_text_scheduler(config.diffusion, config.sample.scheduler, base_scheduler(base))
+        base = None if config.init_from is None else open_checkpoint(config.init_from, dtype=dtype)
+        self.scheduler = make_text_scheduler(config.diffusion, config.sample.scheduler, base and base.scheduler)
         self.scheduler.plan(config.sample.steps)
         if not config.sample.prompts:
             raise ValueError("sample.prompts is empty: give one text at least")
         process = make_text_process(config.diffusion, self.scheduler)
-        vae = open_vae(config.vae.path, base, dtype)
+        vae = open_vae(config.vae.path, base, config.init_from, dtype)
         self.source = self._open_source(vae.module.downscale)
         self.null_context = getattr(self.source, "null_context", None)
         if self.null_context is not None:
             _check_contexts(config)
-        self.tokenizer = find_tokenizer(config.text, base, self.source, workdir)
-        unet, text = self._untrained(vae.module, dtype) if base is None else _of_base(base, config.unet.remat, dtype)
+        self.tokenizer = find_tokenizer(config, base, self.source, workdir)
+        unet, text = self._untrained(vae.module, dtype) if base is None else _of_base(base, config)
         self.parts = {"unet": unet, "text": text, "vae": vae}
         self.unet, self.text, self.vae = (self.parts[name].module for name in ("unet", "text", "vae"))
         self._check_shapes()
         self.frozen = "vae/.*" if config.text.train else "(vae|text)/.*"
         self.transform, null = None, self.null_context
         if null is None:
-            self.transform, null = Prompts(self.tokenizer, **config.captions), self.tokenizer.null
+            self.transform, null = (
+                Prompts(self.tokenizer, **{k: v for k, v in config.captions.items() if k != "prompt"}),
+                self.tokenizer.null,
+            )
         settings = (process, null, config.diffusion.caption_dropout, config.text.clip_skip)
-        self.gradient = mean_gradient(text_loss(self.unet, self.text, self.vae, *settings))
+        self.loss = text_loss(self.unet, self.text, self.vae, *settings)
+        self.gradient = mean_gradient(self.loss)
+        self.adaptable = ("unet", "text") if config.text.train else ("unet",)
         nothing = {name: {} for name in self.parts}  # each grid brings its parameters
         height, width = (side * self.vae.downscale for side in self.latent)
         what = (self.unet, self.vae, self.text, self.tokenizer, self.scheduler, nothing)
@@ -108,7 +117,15 @@ class TextToImage:
             if b.step % downscale:
                 raise ValueError(f"buckets.step={b.step} is no multiple of {downscale}, the autoencoder's factor")
             sizes = buckets.make_sizes(d.image_size, b.step, b.max_ratio)
-        source = data.open_source(d.name, path=d.path, image_size=d.image_size, split=d.split, buckets=sizes)
+        prompt, prior = self.config.captions.prompt, self.config.prior
+        settings = {"path": d.path, "image_size": d.image_size, "split": d.split, "buckets": sizes, "prompt": prompt}
+        source = data.open_source(d.name, **settings, only=d.only)
+        if prior.path is not None:
+            if not isinstance(source, Captions) or b.use:
+                raise ValueError(
+                    f"prior.path={prior.path} goes with data.name='captions' and buckets.use=false, not {d.name!r} and {b.use}"
+                )
+            source = WithPrior(source, Captions(prior.path, d.image_size, prompt=prior.prompt), prior.weight)
         if not source.has_captions:
             raise ValueError(
                 f"data.name={d.name!r} has no captions, which training on text needs: use captions, openmoji, a TFDS data set "
@@ -118,7 +135,9 @@ class TextToImage:
 
     def _untrained(self, vae: Any, dtype: Any) -> tuple[Part, Part]:
         """The UNet and the text encoder that the config describes."""
-        fields = {k: v for k, v in self.config.text.items() if k not in ("train", "clip_skip", "vocab_size")}
+        fields = {
+            k: v for k, v in self.config.text.items() if k not in ("train", "clip_skip", "vocab_size", "tokenizer")
+        }
         text = models.create("sd15/text", vocab_size=self.tokenizer.vocab_size, dtype=dtype, **fields)
         C, E = vae.latent_channels, text.width
         shape = {"in_channels": C, "out_channels": C, "cross_attention_dim": E}
@@ -131,8 +150,8 @@ class TextToImage:
             raise ValueError(f"text.clip_skip={skipped} must be below the text encoder's {self.text.layers} layers")
         if self.unet.in_channels != C:
             raise ValueError(
-                f"base={self.config.base}: the UNet takes {self.unet.in_channels} channels and the autoencoder's latents have "
-                f"{C}; training one that repaints is not supported"
+                f"init_from={self.config.init_from}: the UNet takes {self.unet.in_channels} channels and the autoencoder's "
+                f"latents have {C}; training one that repaints is not supported"
             )
         if self.source.kind == "latent" and self.source.shape[-1] != C:
             raise ValueError(
@@ -155,7 +174,9 @@ class TextToImage:
             if self.null_context is not None:
                 digest = f"{self.parts['text'].digest()}-{self.tokenizer.fingerprint}"
                 if meta["context"]["text"] != digest:
-                    raise ValueError(f"data.path={path} was made with another text encoder than base's: make it anew")
+                    raise ValueError(
+                        f"data.path={path} was made with another text encoder than init_from's: make it anew"
+                    )
         return {name: part.weights() for name, part in self.parts.items()}
 
     def init(self, key: jax.Array, given: Any) -> Any:
@@ -200,27 +221,34 @@ class TextToImage:
         return unet + (self.text.macs() if self.config.text.train else 0)
 
 
-def _of_base(base: Path, remat: str, dtype: Any) -> tuple[Part, Part]:
+def _of_base(base: Opened, config: Any) -> tuple[Part, Part]:
     """The base's UNet and text encoder."""
-    unet = from_folder(base / "unet", "UNet", dtype)
-    unet = Part(unet.module.clone(remat=remat), unet.read)
-    return unet, from_folder(base / "text_encoder", "CLIPText", dtype)
+    unet, text = (part_of(base, name, f"init_from={config.init_from}") for name in ("unet", "text"))
+    return Part(unet.module.clone(remat=config.unet.remat), unet.read), text
 
 
 def _check_base(config: Any) -> None:
     """What cannot go together with a base, or without one."""
-    if config.base is None:
+    if config.init_from is None:
         if not config.text.train:
             raise ValueError(
-                "text.train=false without base would keep an untrained text encoder: set text.train=true, or base"
+                "text.train=false without init_from would keep an untrained text encoder: set text.train=true, or init_from"
+            )
+        if config.text.tokenizer is not None:
+            raise ValueError(
+                f"text.tokenizer={config.text.tokenizer} without init_from: words are learnt from the captions"
             )
         return
+    if config.lora.rank and config.vae.path is not None:
+        raise ValueError(
+            f"vae.path={config.vae.path} does not go with lora.rank: adapters keep to init_from's autoencoder"
+        )
     now, default = configs.flat(config.to_dict()), configs.flat(configs.default(config.task))
-    ours = ("unet.remat", "text.train", "text.clip_skip")
+    ours = ("unet.remat", "text.train", "text.clip_skip", "text.tokenizer")
     for key in now:
         if key.startswith(("unet.", "text.")) and key not in ours and now[key] != default[key]:
             raise ValueError(
-                f"{key}={now[key]} cannot be had with base={config.base}, whose models have their own sizes"
+                f"{key}={now[key]} cannot be had with init_from={config.init_from}, whose models have their own sizes"
             )
 
 
@@ -231,7 +259,7 @@ def _check_contexts(config: Any) -> None:
         "text.train=true": config.text.train,
         f"text.clip_skip={config.text.clip_skip}": config.text.clip_skip != 0,
         f"captions.shuffle_tags={shuffle}": shuffle,
-        "base=None": config.base is None,
+        "init_from=None": config.init_from is None,
     }
     for setting, wrong in reasons.items():
         if wrong:

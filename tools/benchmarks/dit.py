@@ -11,8 +11,9 @@ import numpy as np
 
 import jdiff
 from benchmarks.timing import Row, alone, alternate, close
-from jdiff import convert, diffusion, optim, train, tree
+from jdiff import convert, diffusion, optim, sharding, train, tree
 from jdiff.diffusion.process import Process
+from jdiff.pipelines.rows import place, spread
 from jdiff.tasks import mean_gradient
 from jdiff.tasks.class_to_image import class_loss
 
@@ -110,6 +111,12 @@ def dit(args: argparse.Namespace) -> Iterator[Row]:
             yield row
 
 
+def over_devices(params: Any, *rows: np.ndarray) -> tuple[Any, list[jax.Array]]:
+    """Parameters on every device, and arrays with their rows over them, as training and sampling have them."""
+    mesh = sharding.make_mesh()
+    return place(mesh, params), list(spread(mesh, {str(i): array for i, array in enumerate(rows)}).values())
+
+
 def _nchw(x: np.ndarray) -> Any:
     import torch
 
@@ -121,7 +128,7 @@ def _dit_forward(args: argparse.Namespace, model: Any, params: Any, data: tuple[
 
     x, t, _, y = data
     forward = jax.jit(lambda params, x, t, y: model.apply({"params": params}, x, t, y))
-    inputs = tuple(map(jnp.asarray, (x, t, y)))
+    params, inputs = over_devices(params, x, t, y)
     ours = lambda: forward(params, *inputs).block_until_ready()  # noqa: E731
     if args.side == "jdiff":
         return alone(ours)
@@ -148,12 +155,12 @@ def _dit_train(args: argparse.Namespace, model: Any, params: Any, data: tuple[np
         return train.train_step(state, batch, gradient=gradient, tx=tx, ema=ema, seed=0)
 
     step = jax.jit(one_step, donate_argnums=0)
-    batch = {"latent": jnp.asarray(data[0]), "label": jnp.asarray(data[3])}
-    weights, frozen = tree.set_apart({"dit": params}, f"dit/({model.frozen})")
-    average = jax.tree.map(jnp.copy, weights)
-    held = [
-        train.TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, weights), frozen, tx.init(weights), average)
-    ]
+    replicated, (latent, label) = over_devices(params, data[0], data[3])
+    batch = {"latent": latent, "label": label}
+    weights, frozen = tree.set_apart({"dit": replicated}, f"dit/({model.frozen})")
+    average, base = jax.tree.map(jnp.copy, weights), jax.tree.map(lambda _: None, frozen)
+    copied = jax.tree.map(jnp.copy, weights)
+    held = [train.TrainState(jnp.zeros((), jnp.int32), copied, frozen, base, tx.init(weights), average)]
 
     def ours():
         held[0], metrics = step(held[0], batch)
@@ -210,8 +217,8 @@ def _dit_ddim(args: argparse.Namespace, model: Any, params: Any, data: tuple[np.
         denoise = lambda x, t, y: model.apply({"params": params}, x, t, y)  # noqa: E731
         return diffusion.ddim(diffusion.guide(denoise, y, model.null_label, scale), respaced, x_T, steps=None)
 
-    x_T, y = jnp.asarray(data[2]), jnp.asarray(data[3])
-    ours = lambda: sample(params, x_T, y).block_until_ready()  # noqa: E731
+    weights, (x_T, y) = over_devices(params, data[2], data[3])
+    ours = lambda: sample(weights, x_T, y).block_until_ready()  # noqa: E731
     if args.side == "jdiff":
         return alone(ours)
     peer = torch_dit(model, params)

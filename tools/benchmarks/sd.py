@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import Row, alone, alternate, close
-from jdiff import convert, models
+from jdiff import convert, models, sharding
 from jdiff.models.macs import macs_of
+from jdiff.pipelines.rows import place, spread
 
 Case = tuple[Callable[[], Any], Callable[[], Any], int, str]
 """Both sides, the multiply-accumulates of a call, and a title."""
@@ -57,7 +58,9 @@ def _unet(args: argparse.Namespace) -> Case:
     rng = np.random.default_rng(0)
     x, context = rng.normal(size=(batch, 64, 64, 4)), rng.normal(size=(batch, 77, 768))
     t = np.full(batch, 500)
-    inputs = (jnp.asarray(x, jnp.float32), jnp.asarray(t), jnp.asarray(context, jnp.float32))
+    mesh = sharding.make_mesh()
+    params, rows = place(mesh, params), {"x": x.astype(np.float32), "t": t, "context": context.astype(np.float32)}
+    inputs = spread(mesh, rows).values()
     peer_inputs = (
         torch.tensor(x).float().permute(0, 3, 1, 2).contiguous(),
         torch.tensor(t),

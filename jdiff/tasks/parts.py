@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ import jax
 import numpy as np
 
 from jdiff import checkpoint, convert, models, tree
-from jdiff.convert.files import read_json
 from jdiff.data import BrokenRecord, Source
-from jdiff.loading import load
+from jdiff.loading import Opened, open_checkpoint
 from jdiff.tokens import Tokenizer
 
 
@@ -34,56 +33,49 @@ class Part:
         return {} if self.read is None else jax.tree.map(lambda x: np.asarray(x, np.float32), self.read())
 
 
-def from_folder(folder: Path, kind: str, dtype: Any) -> Part:
-    """A diffusers or transformers component folder, whose weights are read when they are asked for.
-
-    kind: the class that it must be. ConversionError for a folder that is none, ValueError for another class.
-    """
-    module = models.from_config(convert.read_config(folder), dtype)
-    if type(module).__name__ != kind:
-        raise ValueError(f"{folder} holds a {type(module).__name__}, where {kind} is needed")
-    return Part(module, lambda: convert.load_component(folder)[1])
+def part_of(opened: Opened, name: str, path: str) -> Part:
+    """A model of an opened checkpoint, with its weights. ValueError, naming `path`, when it has none of that name."""
+    if name not in opened.models:
+        raise ValueError(f"{path} holds no {name}, which is needed; it holds {', '.join(opened.models)}")
+    module, params = opened.models[name]
+    return Part(module, lambda: jax.tree.map(np.asarray, params))
 
 
-def open_vae(path: str | None, base: Path | None, dtype: Any) -> Part:
-    """The autoencoder at `path`, a run that trained one or a component folder; the base's when there is no path.
+def open_vae(path: str | None, base: Opened | None, base_path: str | None, dtype: Any) -> Part:
+    """The autoencoder at `path`, any checkpoint of one; the base's when there is no path.
 
     ValueError when there is neither, or it is something else.
     """
-    if path is None and base is None:
-        raise ValueError(
-            "vae.path is missing: give a run that trained an autoencoder, or a diffusers vae folder, or set base"
-        )
-    folder = base / "vae" if path is None and base is not None else Path(str(path))
-    if not (folder / "checkpoints").is_dir():
-        return from_folder(folder, "AutoencoderKL", dtype)
-    module, params = load(folder)
-    if type(module).__name__ != "AutoencoderKL":
-        raise ValueError(f"vae.path={path} is a run of a {type(module).__name__}, where AutoencoderKL is needed")
-    params = jax.device_get(params)
-    return Part(module.clone(dtype=dtype), lambda: params)
+    if path is None:
+        if base is None or base_path is None:
+            raise ValueError(
+                "vae.path is missing: give a run that trained an autoencoder, or a diffusers vae folder, or set init_from"
+            )
+        return part_of(base, "vae", f"init_from={base_path}")
+    return part_of(open_checkpoint(path, dtype=dtype), "vae", f"vae.path={path}")
 
 
-def base_scheduler(base: Path | None) -> dict[str, Any] | None:
-    """The base's scheduler_config.json; None when it has none. ValueError for a file that cannot be read."""
-    file = None if base is None else base / "scheduler" / "scheduler_config.json"
-    return None if file is None or not file.is_file() else read_json(file)
-
-
-def find_tokenizer(settings: Mapping[str, Any], base: Path | None, source: Source, workdir: Path | None) -> Tokenizer:
+def find_tokenizer(config: Any, base: Opened | None, source: Source, workdir: Path | None) -> Tokenizer:
     """The run's own tokenizer when it has checkpoints; else the base's, or one learnt from all captions of the source.
 
-    settings: a config's `text`. A run keeps it in WORKDIR/tokenizer; ValueError when it is lost.
+    A run keeps it in WORKDIR/tokenizer; ValueError when it is lost, or when the base has none.
     """
     kept = None if workdir is None else workdir / "tokenizer"
     if kept is not None and checkpoint.steps(kept.parent):
         if not kept.is_dir():
             raise ValueError(f"{kept} is missing, and the run's text encoder knows no other: put it back")
         return Tokenizer.from_folder(kept)
-    if base is not None:
-        tokenizer = Tokenizer.from_folder(base / "tokenizer")
+    if base is None:
+        tokenizer = Tokenizer.train(captions(source), config.text.vocab_size, config.text.max_length)
+    elif base.tokenizer is not None:
+        tokenizer = base.tokenizer
+    elif config.text.tokenizer is not None:
+        tokenizer = Tokenizer.from_folder(convert.locate(config.text.tokenizer))
     else:
-        tokenizer = Tokenizer.train(captions(source), settings["vocab_size"], settings["max_length"])
+        raise ValueError(
+            f"init_from={config.init_from} holds no tokenizer: set text.tokenizer, its folder or the hub's "
+            "openai/clip-vit-large-patch14"
+        )
     if kept is not None and jax.process_index() == 0:
         shutil.rmtree(kept, ignore_errors=True)  # of a start that did not come to a checkpoint
         partial_path = kept.with_name("tokenizer.tmp")
