@@ -49,9 +49,8 @@ def default(task: str = "class_to_image") -> Config:
         "lora": {  # adapters, trained in place of the models of init_from
             "rank": 0,  # 0: none, and the models themselves are trained
             "alpha": placeholder(float),  # None: the rank, a scale of 1
-            "targets": (
-                "attn",
-            ),  # names of jdiff.lora.TARGETS or regexes of paths, PATTERN@RANK/ALPHA for sizes of their own
+            # names of jdiff.lora.TARGETS or regexes of paths, PATTERN@RANK/ALPHA for sizes of their own
+            "targets": ("attn",),
             "method": "kaiming",  # kaiming | gaussian | pissa: how they begin
             "rslora": False,  # scale alpha / sqrt(rank)
             "dora": False,

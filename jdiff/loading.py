@@ -23,11 +23,17 @@ from jdiff.tokens import Tokenizer
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 """A config's `precision` as the models' dtype."""
-FOLDERS = (
-    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "DiTPipeline"),
-)
-"""Diffusers' pipelines whose folders are opened; what one is asked for, not its name, says what it does."""
-PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler", "id2label")
+_STABLE = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+FOLDERS = {
+    "StableDiffusionPipeline": _STABLE,
+    "StableDiffusionImg2ImgPipeline": _STABLE,
+    "StableDiffusionInpaintPipeline": _STABLE,
+    "DiTPipeline": ("transformer",),
+}
+"""Diffusers' pipelines whose folders are opened, and what each must hold; what one is asked for, not its name, says what it
+does."""
+OPENED = (*_STABLE, "transformer", "id2label")
+"""Entries of a model_index.json that are read."""
 PASSED_OVER = {
     "safety_checker": "judges finished pictures; jdiff has none",
     "requires_safety_checker": "whether users are to be warned of that",
@@ -149,12 +155,34 @@ def _check_index(folder: Path, index: dict[str, Any]) -> None:
     if index.get("_class_name") not in FOLDERS:
         raise convert.ConversionError(f"{folder} holds a {index.get('_class_name')}; jdiff opens {', '.join(FOLDERS)}")
     for name, value in index.items():
-        known = name in PARTS or name in PASSED_OVER or name.startswith("_")
+        known = name in OPENED or name in PASSED_OVER or name.startswith("_")
         if not known and value not in (None, [None, None]):
             raise convert.ConversionError(f"{folder}: model_index.json has {name}={value}, which jdiff does not have")
-    needed = ("transformer",) if index["_class_name"] == "DiTPipeline" else (*PARTS[:1], *PARTS[2:6])
-    if missing := [name for name in needed if not (folder / name).is_dir()]:
+    if missing := [name for name in FOLDERS[index["_class_name"]] if not (folder / name).is_dir()]:
         raise convert.ConversionError(f"{folder} lacks the folder(s) {', '.join(missing)}")
+
+
+def tokenizer_folder(source: str | Path) -> Path:
+    """A tokenizer's folder, given it, the pipeline's that holds it, or either's place on the hub."""
+    folder = convert.locate(source)
+    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+
+
+def open_bundle(
+    source: str | Path, *, weights: Weights | None = None, heads: int | None = None, mixed: bool = False
+) -> tuple[convert.Bundle, dict[str, Any]]:
+    """(a checkpoint or run as `convert.write` takes it, what that needs besides: a run's scheduler and tokenizer).
+
+    Arguments are `convert.read`'s; a run's moving average is taken unless weights is "raw". ValueError for a LoRA run.
+    """
+    path = convert.locate(source, weights)
+    if not (path / "checkpoints").is_dir():
+        return convert.read(path, weights=weights, heads=heads, mixed=mixed), {}
+    found, meta = load_run(path, weights=weights or "ema")
+    if "lora" in meta:
+        raise ValueError(f"{source} is a LoRA run: give its base, {meta['config']['init_from']}, and the run as LORA")
+    words = path / "tokenizer" if (path / "tokenizer").is_dir() else None
+    return convert.from_models(found), {"scheduler": meta.get("scheduler"), "tokenizer": words}
 
 
 def load_run(
@@ -164,14 +192,14 @@ def load_run(
 
     A LoRA run's models are those of its base, its adapters attached.
     """
-    where = sharding.replicated(mesh or sharding.make_mesh())
+    mesh = mesh or sharding.make_mesh()
 
     def read(step: int, meta: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         if "lora" in meta:
-            return _adapted(workdir, step, meta, weights, mesh or sharding.make_mesh())
+            return _adapted(workdir, step, meta, weights, mesh)
         dtype = DTYPES[meta["config"]["precision"]]
         found = {name: models.build(record, dtype) for name, record in meta["models"].items()}
-        full = _restore(workdir, step, meta, weights, where, found)
+        full = _restore(workdir, step, meta, weights, mesh, found)
         return {name: (model, full[name]) for name, model in found.items()}
 
     return _newest(workdir, weights, step, read)
@@ -181,15 +209,19 @@ def load_adapters(
     workdir: Path, *, weights: str = "ema", step: int | None = None, mesh: Mesh | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """(adapters by model, metadata) of a LoRA run; arguments are `load`'s. CheckpointError when it is another kind of run."""
-    where = sharding.replicated(mesh or sharding.make_mesh())
+    mesh = mesh or sharding.make_mesh()
 
     def read(step: int, meta: dict[str, Any]) -> Any:
         if "lora" not in meta:
             raise checkpoint.CheckpointError(f"{workdir} is no LoRA run: its checkpoints hold whole models")
-        full = _restore(workdir, step, meta, weights, where, {})
-        return lora.relative(full["lora"], full["start"]) if "start" in full else full["lora"]
+        return _adapters(workdir, step, meta, weights, mesh)
 
     return _newest(workdir, weights, step, read)
+
+
+def _adapters(workdir: Path, step: int, meta: dict[str, Any], weights: str, mesh: Mesh) -> Any:
+    full = _restore(workdir, step, meta, weights, mesh, {})
+    return lora.relative(full["lora"], full["start"]) if "start" in full else full["lora"]
 
 
 def _newest(workdir: Path, weights: str, step: int | None, read: Any) -> tuple[Any, dict[str, Any]]:
@@ -213,11 +245,9 @@ def _newest(workdir: Path, weights: str, step: int | None, read: Any) -> tuple[A
     return of(step) if step is not None else checkpoint.newest_whole(there, of)
 
 
-def _restore(
-    workdir: Path, step: int, meta: dict[str, Any], weights: str, where: jax.sharding.Sharding, found: dict[str, Any]
-) -> Any:
+def _restore(workdir: Path, step: int, meta: dict[str, Any], weights: str, mesh: Mesh, found: dict[str, Any]) -> Any:
     """A checkpoint's full tree. found: the modules that it must fit, by name."""
-    item = "ema_params" if weights == "ema" else "params"
+    item, where = "ema_params" if weights == "ema" else "params", sharding.replicated(mesh)
     target = {name: checkpoint.shapes(meta, name, ("params", "frozen"), where) for name in (item, "frozen")}
     for name, model in found.items():
         expected = jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())["params"]
@@ -235,9 +265,8 @@ def _adapted(workdir: Path, step: int, meta: dict[str, Any], weights: str, mesh:
     """A LoRA run's base, its adapters attached."""
     base = open_checkpoint(meta["config"]["init_from"], mesh=mesh, dtype=DTYPES[meta["config"]["precision"]])
     params = on(mesh, {name: base.models[name][1] for name in meta["models"]})
-    adapters, _ = load_adapters(workdir, weights=weights, step=step, mesh=mesh)
     check_base(meta["lora"], params, f"{workdir}: init_from={meta['config']['init_from']}")
-    attached = lora.attach(params, adapters, 1.0)
+    attached = lora.attach(params, _adapters(workdir, step, meta, weights, mesh), 1.0)
     return {name: (base.models[name][0], attached[name]) for name in meta["models"]}
 
 
@@ -313,8 +342,7 @@ def pipeline(
             raise ValueError(
                 f"{path} holds no tokenizer: give tokenizer=, its folder or the hub's openai/clip-vit-large-patch14"
             )
-        folder = convert.locate(tokenizer)
-        words = Tokenizer.from_folder(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
+        words = Tokenizer.from_folder(tokenizer_folder(tokenizer))
     params, names = attach(opened, on(mesh, {name: opened.models[name][1] for name in modules}), lora, mesh)
     record = opened.scheduler
     return TextPipeline(

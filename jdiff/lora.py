@@ -104,15 +104,17 @@ def init(
     """New adapters in float32, initialised as peft does; the model with them attached is as before.
 
     method: "kaiming": a from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), b zero; "gaussian": a from N(0, 1/rank^2), b zero; "pissa"
-    (arXiv:2404.02948): a * scale @ b is the kernel's principal part, to be trained over `pissa_base(base, adapters)`.
+    (arXiv:2404.02948): a * scale @ b is the kernel's principal part, to be trained over what `unmerge(base, adapters)` leaves.
     dora: magnitudes too, the kernels' column norms.
     base may be a tree of shapes, unless pissa or dora reads its values. ValueError for a rule that gets no kernel; for pissa
-    of a convolution (peft has none), of a QTensor or of a kernel with adapters; for DoRA of a column that is zero.
+    with dora, of a convolution (peft has none), of a QTensor or of a kernel with adapters; for DoRA of a column that is zero.
     """
     if method not in METHODS:
         raise ValueError(
             f"lora: method {method!r} is unknown{tree.nearest(method, METHODS)}; use one of {list(METHODS)}"
         )
+    if method == "pissa" and dora:
+        raise ValueError("lora: pissa does not go with DoRA: both change what the base counts for")
     chosen, leaves = targets(base, rules), _leaves(base)
     made = {}
     for (path, rule), path_key in zip(chosen.items(), jax.random.split(key, len(chosen)), strict=True):
@@ -128,11 +130,6 @@ def init(
         if dora:
             made[path]["magnitude"] = _magnitude(path, w, made[path])
     return tree.nested(made)
-
-
-def pissa_base(base: Tree, adapters: Tree) -> Tree:
-    """The base that PiSSA's new adapters go with: w - a * scale @ b, in w's dtype. Errors as `merge`."""
-    return _change(base, by_path(adapters), lambda w, adapter: w - _product(w.shape, adapter))
 
 
 def relative(adapters: Tree, start: Tree) -> Tree:
@@ -360,21 +357,27 @@ def _reached(leaves: Mapping[str, Any], path: str) -> Any:
     return leaves[path]
 
 
+def fitting(w: Any, rank: int) -> dict[str, list[Shape]]:
+    """The shapes that each part of an adapter of a weight may have. w: anything with its shape."""
+    stack = _stack(w)
+    return {
+        "a": [(*w.shape[:-1], rank)],
+        "b": [(*stack, rank, w.shape[-1])],
+        "scale": [stack, (*stack, rank)],
+        "magnitude": [(*stack, w.shape[-1])],
+    }
+
+
 def _check(path: str, w: Weight, parts: Adapter) -> None:
     """ValueError for an adapter whose shapes do not fit its kernel."""
     shapes = {name: tuple(jnp.shape(value)) for name, value in parts.items()}
-    stack, R = _stack(w), (shapes["a"] or (0,))[-1]
+    R = (shapes["a"] or (0,))[-1]
     if R < 1:
         raise ValueError(f"lora: {path} has a of shape {shapes['a']}: its rank must be at least 1")
-    fitting = {
-        "a": [(*w.shape[:-1], R)],
-        "b": [(*stack, R, w.shape[-1])],
-        "scale": [stack, (*stack, R)],
-        "magnitude": [(*stack, w.shape[-1])],
-    }
+    wanted = fitting(w, R)
     for name, shape in shapes.items():
-        if shape not in fitting[name]:
-            expected = " or ".join(map(str, fitting[name]))
+        if shape not in wanted[name]:
+            expected = " or ".join(map(str, wanted[name]))
             raise ValueError(
                 f"lora: {path} has {name} of shape {shape}, expected {expected} for a kernel {tuple(w.shape)} at rank {R}"
             )

@@ -27,7 +27,7 @@ from jdiff.meter import Meter, Window, peak_flops
 from jdiff.optim import Ema
 from jdiff.pipelines import save_png
 from jdiff.report import write_report
-from jdiff.tasks import GradientFn, Task, make_task
+from jdiff.tasks import NOTHING, GradientFn, Task, make_task
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,13 @@ class TrainState:
 
 def init_state(task: Task, tx: optax.GradientTransformation, key: jax.Array, given: Any) -> TrainState:
     """A fresh state: the task's initialisation, its frozen leaves apart, the average starting as a copy."""
-    params, rest = tree.set_apart(task.init(key, given), task.frozen)
-    frozen, base = tree.set_apart(rest, task.base)
+    return make_state(task.init(key, given), tx, task.frozen, task.base)
+
+
+def make_state(full: Any, tx: optax.GradientTransformation, frozen: str, base: str = NOTHING) -> TrainState:
+    """The state at step 0 of a full tree. frozen, base: regexes as `Task` has them."""
+    params, rest = tree.set_apart(full, frozen)
+    frozen, base = tree.set_apart(rest, base)
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, base, tx.init(params), jax.tree.map(jnp.copy, params))
 
 

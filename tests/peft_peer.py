@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
+from jdiff import tree
+
 Array = Any
 RANK, ALPHA = 4, 6
 
@@ -48,17 +50,6 @@ def adapters(
     return found
 
 
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by path as nested dicts."""
-    root: dict[str, Any] = {}
-    for path, value in values.items():
-        node = root
-        for parent in path.split("/")[:-1]:
-            node = node.setdefault(parent, {})
-        node[path.split("/")[-1]] = value
-    return root
-
-
 def slashed(name: str) -> str:
     """`down_blocks.0.attn1.to_out.0` -> `down_blocks_0/attn1/to_out_0/kernel`; of transformers' CLIP too."""
     name = re.sub(r"\.(\d+)", r"_\1", re.sub(r"^(text_model\.)?(encoder|embeddings)\.", "", name))
@@ -96,4 +87,4 @@ def of_dit(found: Mapping[str, Mapping[str, Array]], depth: int) -> dict[str, An
         f"blocks/{ours}/kernel": stacked([found[f"{b}.{theirs}"] for b in blocks]) for ours, theirs in names.items()
     }
     qkv = [fused([found[f"{b}.attn1.to_{x}"] for x in "qkv"]) for b in blocks]
-    return nested({**paths, "blocks/attn/qkv/kernel": stacked(qkv), "x_embedder/kernel": found["pos_embed.proj"]})
+    return tree.nested({**paths, "blocks/attn/qkv/kernel": stacked(qkv), "x_embedder/kernel": found["pos_embed.proj"]})

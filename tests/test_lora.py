@@ -29,7 +29,7 @@ EVERY = [Rule(r".*", 4, 6.0)]
 
 def _random(shapes, seed=0, scale=1.0):
     rng = np.random.default_rng(seed)
-    return peft_peer.nested({p: jnp.asarray(scale * rng.normal(size=s), jnp.float32) for p, s in shapes.items()})
+    return tree.nested({p: jnp.asarray(scale * rng.normal(size=s), jnp.float32) for p, s in shapes.items()})
 
 
 def _base(seed=0):
@@ -44,7 +44,7 @@ def _adapters(base, seed=0, dora=False, rules=EVERY):
         parts["b"] = jnp.asarray(0.3 * rng.normal(size=parts["b"].shape), jnp.float32)
         if dora:
             parts["magnitude"] *= rng.uniform(0.5, 1.5, parts["magnitude"].shape).astype(np.float32)
-    return peft_peer.nested(found)
+    return tree.nested(found)
 
 
 def _equal(found, expected, atol=0.0):
@@ -142,7 +142,7 @@ def test_factors_start_as_pefts(method):
     )
     theirs = peft_peer.adapters(peft_peer.inject_adapter_in_model(config, peer), lambda name: name)
     shapes = {"lin/kernel": (50, 600), "conv/kernel": (3, 3, 40, 8), "blocks/kernel": (3, 50, 600)}
-    base = peft_peer.nested({p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in shapes.items()})
+    base = tree.nested({p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in shapes.items()})
     ours = lora.by_path(lora.init(jax.random.key(0), base, [Rule(".*", 128)], method=method))
     for path, name in (("lin/kernel", "lin"), ("conv/kernel", "conv"), ("blocks/kernel", "lin")):
         a, expected = np.asarray(ours[path]["a"]), theirs[name]["a"]
@@ -155,13 +155,15 @@ def test_factors_start_as_pefts(method):
     assert not np.array_equal(layers[0], layers[1]) and not np.array_equal(layers[0], ours["lin/kernel"]["a"])
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("method", ["kaiming", "gaussian", "pissa"])
+@pytest.mark.parametrize(
+    ("method", "dora"),
+    [("kaiming", False), ("kaiming", True), ("gaussian", False), ("gaussian", True), ("pissa", False)],
+)
 def test_new_adapters_change_nothing(method, dora):
     base = _base()
     rules = EVERY if method != "pissa" else [Rule("attn", 4, 6.0)]
     adapters = lora.init(jax.random.key(0), base, rules, method=method, dora=dora)
-    start = lora.pissa_base(base, adapters) if method == "pissa" else base
+    start = lora.unmerge(base, adapters) if method == "pissa" else base
     attached = lora.attach(start, adapters)
     _equal(_run(attached), _run(base), atol=2e-5 if dora or method == "pissa" else 0)
     assert lora.count(adapters) == sum(
@@ -186,7 +188,7 @@ def test_pissa_is_pefts():
     # singular vectors whose values lie close are known less well than their products
     np.testing.assert_allclose(ours["a"] * signs, theirs["a"], atol=3e-4)
     np.testing.assert_allclose(ours["b"] * signs[:, None], theirs["b"], atol=3e-4)
-    residue = lora.pissa_base(base, adapters)
+    residue = lora.unmerge(base, adapters)
     np.testing.assert_allclose(residue["lin"]["kernel"], peer["lin"].base_layer.weight.detach().numpy().T, atol=1e-5)
     np.testing.assert_allclose(residue["blocks"]["kernel"][0], residue["lin"]["kernel"], atol=1e-5)
     np.testing.assert_allclose(residue["blocks"]["kernel"][1], residue["lin"]["kernel"][::-1], atol=1e-5)
@@ -304,7 +306,7 @@ def test_a_quantized_base():
         qvalue, scale = rng.integers(-127, 128, shape), rng.uniform(0.001, 0.02, columns)
         return QTensor(jnp.asarray(qvalue, jnp.int8), jnp.asarray(scale, jnp.float32))
 
-    base = peft_peer.nested({path: quantized(*shape) for path, shape in KERNELS.items()})
+    base = tree.nested({path: quantized(*shape) for path, shape in KERNELS.items()})
     wide = jax.tree.map(
         lambda q: q.qvalue.astype(jnp.float32) * q.scale, base, is_leaf=lambda leaf: isinstance(leaf, QTensor)
     )
@@ -380,7 +382,7 @@ def test_resize_keeps_the_best_approximation(per_rank):
         for parts in lora.by_path(adapters).values():
             shape = (*parts["scale"].shape, parts["a"].shape[-1])
             parts["scale"] = jnp.asarray(np.random.default_rng(0).uniform(0.2, 2, shape), jnp.float32)
-        adapters = peft_peer.nested(lora.by_path(adapters))
+        adapters = tree.nested(lora.by_path(adapters))
     before, after = (tree.flatten(lora.merge(zeros, x)) for x in (adapters, lora.resize(adapters, 3)))
     for path in KERNELS:
         matrices = np.asarray(before[path]).reshape(
@@ -417,6 +419,7 @@ def _without(adapters, part):
         ("rules before 'attn' take all", lambda b, x: lora.targets(b, [Rule("all", 4), Rule("attn", 4)])),
         (r"method 'pisa' is unknown \(did you mean 'pissa'\?\)", lambda b, x: lora.init(KEY, b, EVERY, method="pisa")),
         ("mid/conv1/kernel is a convolution, which has no pissa", lambda b, x: lora.init(KEY, b, CONV, method="pissa")),
+        ("pissa does not go with DoRA", lambda b, x: lora.init(KEY, b, EVERY, method="pissa", dora=True)),
         ("to_q/kernel has rank 12 itself", lambda b, x: lora.init(KEY, b, [Rule("attn", 13)], method="pissa")),
         ("to_q/kernel is only a shape, and DoRA", lambda b, x: lora.init(KEY, _abstract(b), EVERY, dora=True)),
         ("to_q/kernel is only a shape, and pissa", lambda b, x: lora.init(KEY, _abstract(b), EVERY, method="pissa")),
@@ -523,7 +526,7 @@ def test_the_unet_equals_peft(variant):
         apply = jax.jit(module.apply)
         for i, settings in enumerate(VARIANTS[variant]):
             peft_peer.inject(peer, UNET_MODULES, seed=i, **settings)
-            adapters = peft_peer.nested(_jnp(peft_peer.adapters(peer, peft_peer.slashed)))
+            adapters = tree.nested(_jnp(peft_peer.adapters(peer, peft_peer.slashed)))
             assert adapters["conv_in"]["kernel"]["scale"] == peft_peer.ALPHA / (2 if "use_rslora" in settings else 4)
             left = set(_kernels(params)) - set(lora.by_path(adapters))
             assert {path.split("/")[-2] for path in left} == {"linear_2", "proj_out", "conv_out"}
@@ -548,7 +551,7 @@ def test_the_text_encoder_equals_peft(variant):
         peft_peer.inject(peer, modules, seed=i, **settings)
         with torch.no_grad():
             expected = peer(torch.tensor(ids)).last_hidden_state.numpy()
-        adapters = peft_peer.nested(_jnp(peft_peer.adapters(peer, peft_peer.slashed)))
+        adapters = tree.nested(_jnp(peft_peer.adapters(peer, peft_peer.slashed)))
         assert len(lora.by_path(adapters)) == 13
         attached = lora.attach(_jnp(params), adapters, 1.0)
         _compare(apply({"params": attached}, ids), expected, base)
@@ -597,7 +600,7 @@ def test_several_adapters_with_strengths_equal_peft():
     x = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
     for i, (name, strength) in enumerate((("one", 0.8), ("two", -0.3))):
         peft_peer.inject(peer, ["lin"], name, seed=i, r=3 + i)
-        adapters = peft_peer.nested(_jnp(peft_peer.adapters(peer, peft_peer.slashed, name)))
+        adapters = tree.nested(_jnp(peft_peer.adapters(peer, peft_peer.slashed, name)))
         attached = lora.attach(attached, adapters, strength)
         peer["lin"].set_scale(name, strength)
     peer["lin"].set_adapter(["one", "two"])
@@ -646,7 +649,7 @@ def test_a_merge_equals_pefts():
             "conv": {"kernel": peer["conv"].weight.detach().numpy().transpose(2, 3, 1, 0).copy()},
         }
         peft_peer.inject(peer, ["lin", "conv"], **settings)
-        merged = lora.merge(base, peft_peer.nested(peft_peer.adapters(peer, peft_peer.slashed)))
+        merged = lora.merge(base, tree.nested(peft_peer.adapters(peer, peft_peer.slashed)))
         for layer in peer.values():
             layer.merge()
         expected = peer["conv"].base_layer.weight.detach().numpy().transpose(2, 3, 1, 0)

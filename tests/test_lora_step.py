@@ -35,7 +35,7 @@ def _compare_a_step(settings, dtype, tolerance, of_the_update):
     rng = np.random.default_rng(0)
     x, target, context = (rng.normal(size=shape) for shape in ((2, 8, 8, 4), (2, 8, 8, 4), (2, 5, 24)))
     t = np.array([3, 987])
-    adapters = peft_peer.nested(jax.tree.map(jnp.asarray, peft_peer.adapters(peer, peft_peer.slashed)))
+    adapters = tree.nested(jax.tree.map(jnp.asarray, peft_peer.adapters(peer, peft_peer.slashed)))
 
     # theirs
     trained = {name: value for name, value in peer.named_parameters() if value.requires_grad}
@@ -79,5 +79,5 @@ def _compare_a_step(settings, dtype, tolerance, of_the_update):
 
 def _flat(peer, of):
     """What `of` takes of each trained parameter, by our paths, float64."""
-    found = peft_peer.nested(peft_peer.adapters(peer, peft_peer.slashed, of=of))
+    found = tree.nested(peft_peer.adapters(peer, peft_peer.slashed, of=of))
     return {p: np.array(x, np.float64) for p, x in tree.flatten(found).items() if not p.endswith("/scale")}

@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_convert_tool import WITHOUT_TORCH
 
-from jdiff import convert, loading, lora, models, tree
+from jdiff import loading, lora, models, tree
 from jdiff.convert import bundle, dit, engine, export
 from jdiff.convert import lora as files
+from jdiff.pipelines.loras import split_scale
 
 TOOL = Path(__file__).parent.parent / "tools" / "lora.py"
 
@@ -273,7 +274,9 @@ def test_a_run_is_a_base(run, modules, bases, tmp_path, monkeypatch):
     """Through `loading.load_run`, with its model's own record."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     params = bases["dit"][1]["dit"]
-    monkeypatch.setattr(loading, "load_run", lambda path: ({"dit": (modules["dit"], params)}, {"main": "dit"}))
+    monkeypatch.setattr(
+        loading, "load_run", lambda path, weights="ema": ({"dit": (modules["dit"], params)}, {"main": "dit"})
+    )
     found = adapters(modules["dit"], pattern="attn")
     files.write({"dit": found}, modules, tmp_path / "lora", "peft")
     assert "the format None" in run("merge", tmp_path / "run", tmp_path / "lora", tmp_path / "merged.pt", code=2)
@@ -290,7 +293,7 @@ def test_a_lora_run_is_a_lora(run, modules, bases, style, tmp_path, monkeypatch)
         "config": {"init_from": "sd"},
     }
     monkeypatch.setattr(loading, "load_adapters", lambda path: (style[1], meta))
-    monkeypatch.setattr(loading, "load_run", lambda path: ({}, meta))
+    monkeypatch.setattr(loading, "load_run", lambda path, weights="ema": ({}, meta))
     said = run("convert", tmp_path / "run", tmp_path / "a.safetensors", "--to", "kohya")
     assert re.search(r"(\d+) of \1 arrays fit its base", said)
     before, after = load_file(style[0]), load_file(tmp_path / "a.safetensors")
@@ -329,10 +332,9 @@ def test_what_goes_wrong_is_said_in_a_line(run, bases, style, tmp_path):
     assert usage.value.code == 2
 
 
-def test_scales_are_told_from_paths(tool, tmp_path):
+def test_scales_are_told_from_paths(tmp_path):
     (tmp_path / "a:0.5").touch()
-    assert tool["scaled"]("a.safetensors:0.8") == ("a.safetensors", 0.8)
-    assert tool["scaled"]("a.safetensors:-1e-1") == ("a.safetensors", -0.1)
-    assert tool["scaled"]("C:/a.safetensors") == ("C:/a.safetensors", 1.0)
-    assert tool["scaled"](str(tmp_path / "a:0.5")) == (str(tmp_path / "a:0.5"), 1.0)
-    assert convert.lora is files
+    assert split_scale("a.safetensors:0.8") == ("a.safetensors", 0.8)
+    assert split_scale("a.safetensors:-1e-1") == ("a.safetensors", -0.1)
+    assert split_scale("C:/a.safetensors") == ("C:/a.safetensors", 1.0)
+    assert split_scale(str(tmp_path / "a:0.5")) == (str(tmp_path / "a:0.5"), 1.0)

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="append the lines to this file")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each side in its own process")
-    parser.add_argument("--only", default="", help="dit: some of forward,train,ddim")
+    parser.add_argument("--only", default="", help="some of a case's parts, by comma")
     parser.add_argument("--model", default="DiT-S/2")
     parser.add_argument("--steps", type=int, default=10, help="dit: DDIM steps")
     parser.add_argument("--source", default="openmoji")
@@ -100,7 +100,7 @@ def main() -> None:
     for line in lines:
         print(json.dumps(line), flush=True)
     for row in CASES[args.case](args):
-        rows.append(_memory(row) if args.memory and not args.side else row)
+        rows.append(_memory(row) if args.memory and "torch_ms" in row else row)
         lines.append(rows[-1])
         print(json.dumps(rows[-1]), flush=True)
     if args.json:

@@ -28,25 +28,12 @@ DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 def open_source(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """(bundle, what else `export.write` needs) of SRC."""
-    from jdiff.convert import bundle, hub
+    from jdiff.loading import open_bundle, tokenizer_folder
 
     weights = "ema" if args.ema else "raw" if args.raw else None
-    path = hub.locate(args.src, weights)
-    options: dict[str, Any] = {"tokenizer": None if args.tokenizer is None else tokenizer(hub.locate(args.tokenizer))}
-    if (path / "checkpoints").is_dir():
-        from jdiff import loading
-
-        found, meta = loading.load_run(path, weights=weights or "ema")
-        options["scheduler"] = meta.get("scheduler")
-        if options["tokenizer"] is None and (path / "tokenizer").is_dir():
-            options["tokenizer"] = path / "tokenizer"
-        return bundle.from_models(found), options
-    return bundle.read(path, weights=weights, heads=args.heads, mixed=args.dtype is not None), options
-
-
-def tokenizer(path: Path) -> Path:
-    """The folder of the tokenizer in a pipeline's, or the folder itself."""
-    return path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    words = None if args.tokenizer is None else tokenizer_folder(args.tokenizer)
+    bundle, options = open_bundle(args.src, weights=weights, heads=args.heads, mixed=args.dtype is not None)
+    return bundle, {**options, "tokenizer": words or options.get("tokenizer")}
 
 
 def main() -> int:

@@ -74,34 +74,16 @@ def main() -> int:
 # What is opened
 
 
-def open_base(source: str) -> tuple[Any, dict[str, Any]]:
-    """(bundle, what else `export.write` needs) of a checkpoint or a run."""
-    from jdiff.convert import bundle, hub
-
-    path = hub.locate(source)
-    if not (path / "checkpoints").is_dir():
-        return bundle.read(path), {}
-    from jdiff import loading
-
-    found, meta = loading.load_run(path)
-    if "lora" in meta:
-        raise ValueError(f"{source} is a LoRA run: give its base, {meta['config']['init_from']}, and the run as LORA")
-    words = path / "tokenizer" if (path / "tokenizer").is_dir() else None
-    return bundle.from_models(found), {"scheduler": meta.get("scheduler"), "tokenizer": words}
-
-
 def open_lora(
     source: str, base: str | None, bundle: Any = None, untouched: bool = False
 ) -> tuple[Any, dict[str, Any], Any]:
     """(file, the models that it adapts, where it lands in them), and says what it is. bundle: the base, when it is open;
     untouched: whether it must be what a run was trained on."""
-    from jdiff import models
+    from jdiff import loading, models
     from jdiff.convert import hub, lora
 
     path, own = hub.locate(source), None
     if (path / "checkpoints").is_dir():
-        from jdiff import loading
-
         adapters, meta = loading.load_adapters(path)
         own = {name: models.build(record) for name, record in meta["models"].items()}
         file = lora.from_adapters(adapters, own, path)
@@ -114,7 +96,7 @@ def open_lora(
     print(f"{source}: {described(file)}")
     what = base or ("its base" if own else "Stable Diffusion 1.5")
     if base is not None:
-        modules = {name: part.module for name, part in (bundle or open_base(base)[0]).parts.items()}
+        modules = {name: part.module for name, part in (bundle or loading.open_bundle(base)[0]).parts.items()}
     else:
         modules = own or {name: models.create(f"sd15/{name}") for name in ("unet", "text")}
     landing = lora.land(file, modules)
@@ -204,11 +186,13 @@ def merge(args: argparse.Namespace) -> None:
     from jdiff import tree
     from jdiff.convert import export, lora
     from jdiff.convert.arrays import numbers
+    from jdiff.loading import open_bundle
+    from jdiff.pipelines.loras import split_scale
 
     export.vacant(args.dest)
-    bundle, options = open_base(args.base)
+    bundle, options = open_bundle(args.base)
     found = []
-    for source, strength in map(scaled, args.loras):
+    for source, strength in map(split_scale, args.loras):
         file, modules, _ = open_lora(source, args.base, bundle, untouched=args.verb == "merge")
         trees = lora.fit(file, modules)
         found += [
@@ -238,17 +222,6 @@ def merge(args: argparse.Namespace) -> None:
     print(f"{len(found)} kernels changed, {report.arrays} arrays written to {args.dest}")
 
 
-def scaled(text: str) -> tuple[str, float]:
-    """`LORA[:SCALE]` as (LORA, SCALE)."""
-    path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return text, 1.0
-    try:
-        return path, float(scale)
-    except ValueError:
-        return text, 1.0
-
-
 def extract(args: argparse.Namespace) -> None:
     """The difference of two models' kernels, each at most of a rank."""
     from jdiff import lora as adapters
@@ -256,9 +229,10 @@ def extract(args: argparse.Namespace) -> None:
     from jdiff.convert import export
     from jdiff.convert.arrays import numbers
     from jdiff.convert.engine import shapes
+    from jdiff.loading import open_bundle
 
     export.vacant(args.dest)
-    base, tuned = (open_base(source)[0].parts for source in (args.base, args.tuned))
+    base, tuned = (open_bundle(source)[0].parts for source in (args.base, args.tuned))
     if {name: part.module for name, part in base.items()} != {name: part.module for name, part in tuned.items()}:
         raise ValueError(
             f"{args.base} and {args.tuned} are not of the same models: {', '.join(base)} and {', '.join(tuned)}"

@@ -55,15 +55,6 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(words[0]), int(words[-1])
 
 
-def parse_lora(text: str) -> tuple[str, float]:
-    """`FILE` or `FILE:SCALE` -> (file, scale)."""
-    path, colon, scale = text.rpartition(":")
-    try:
-        return (path, float(scale)) if colon else (text, 1.0)
-    except ValueError:  # a colon of the path's own
-        return text, 1.0
-
-
 def main() -> int:
     """Parses, samples in batches, writes; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,11 +115,12 @@ def sample(options: argparse.Namespace) -> int:
     import jdiff
     from jdiff import runtime
     from jdiff.pipelines import TextPipeline
+    from jdiff.pipelines.loras import split_scale
 
     given = len(options.prompt or ()) or len((options.labels or "").split(","))
     count = min(options.batch_size or 64, max(options.num or 1, given))
     runtime.prepare(runtime.cpu_devices(count if options.guidance == 1 else 2 * count, least=1))
-    loras = [parse_lora(text) for text in options.lora]
+    loras = [split_scale(text) for text in options.lora]
     pipe = jdiff.pipeline(options.run, weights=options.weights, step=options.step, lora=loras)
     by_prompt = isinstance(pipe, TextPipeline)
     for name in BY_LABELS if by_prompt else BY_PROMPTS:

@@ -1,10 +1,11 @@
 """Writes a bundle: as a diffusers folder, DiT's .pt, CompVis' single file, or one safetensors file."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,11 @@ def write(
     room, needed = shutil.disk_usage(dest.parent).free, needs(bundle, dtype)
     if room < needed:
         raise refuse(f"{dest.parent} has room for {room >> 20} MiB, and {needed >> 20} are needed: make room")
-    partial = dest.with_name(f".{dest.name}.partial")
-    _remove(partial)
-    try:
+    with whole(dest) as partial:
         if to == "diffusers":
             report = _write_diffusers(bundle, partial, dtype, tokenizer, scheduler, title, after)
         else:
             report = _write_single(bundle, partial, dest.suffix, to, dtype, after)
-        os.replace(partial, dest)
-    except BaseException:
-        _remove(partial)
-        raise
     shift = {"dit": 0, "diffusers": 1}.get(to)
     if "dit" in bundle.parts and shift is not None and bundle.parts["dit"].module.freq_shift != shift:
         report.notes.append(
@@ -94,6 +89,19 @@ def vacant(dest: Path) -> None:
     """ConversionError when something lies there already."""
     if dest.exists():
         raise refuse(f"{dest} exists: remove it or choose another place")
+
+
+@contextlib.contextmanager
+def whole(dest: Path) -> Iterator[Path]:
+    """Where to write a file or folder that appears at `dest` at the end, or not at all when something is raised."""
+    partial = dest.with_name(f".{dest.name}.partial")
+    _remove(partial)
+    try:
+        yield partial
+        os.replace(partial, dest)
+    except BaseException:
+        _remove(partial)
+        raise
 
 
 def _remove(path: Path) -> None:

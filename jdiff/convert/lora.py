@@ -10,8 +10,6 @@ three side by side, and its layers are stacked: see `lora_cells`.
 """
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from jdiff import tree
 from jdiff.convert import clip, lora_cells, lora_export, lora_names, lora_places
 from jdiff.convert.arrays import Array
 from jdiff.convert.engine import MOST, Naming
-from jdiff.convert.export import Report, vacant
+from jdiff.convert.export import Report, vacant, whole
 from jdiff.convert.lora_cells import Cell
 from jdiff.convert.lora_file import LoRAFile, Stored, listed, read
 from jdiff.convert.lora_names import FORMATS, Format
@@ -207,25 +205,12 @@ def write(
     if not found:
         raise refuse(f"{path} would hold no adapter")
     widths = [getattr(modules.get("unet"), "cross_attention_dim", 0), getattr(modules.get("text"), "width", 0)]
-    partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(partial)
-    try:
+    with whole(path) as partial:
         alone = path.suffix == ".safetensors"
         report = lora_export.write(found, partial, alone, format, metadata or {}, max(widths), after)
-        os.replace(partial, path)
-    except BaseException:
-        _remove(partial)
-        raise
     report.hashes = {name or path.name: digest for name, digest in report.hashes.items()}
     return report
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _by_module(

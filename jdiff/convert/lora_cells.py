@@ -10,6 +10,7 @@ from jdiff.convert import lora_places
 from jdiff.convert.lora_file import Stored
 from jdiff.convert.lora_places import Leaf
 from jdiff.convert.rows import refuse
+from jdiff.lora import fitting
 
 
 class Cell(NamedTuple):
@@ -117,13 +118,8 @@ def apart(leaf: Leaf, adapter: Mapping[str, np.ndarray]) -> dict[tuple[int, int]
 
 def _check(leaf: Leaf, adapter: Mapping[str, np.ndarray]) -> None:
     """ConversionError for an adapter that is not of this leaf, or not of finite numbers."""
-    stack, rank = leaf.shape[: int(leaf.stacked)], adapter["a"].shape[-1] if adapter["a"].ndim else 0
-    expected = {
-        "a": [(*leaf.shape[:-1], rank)],
-        "b": [(*stack, rank, leaf.shape[-1])],
-        "scale": [stack, (*stack, rank)],
-        "magnitude": [(*stack, leaf.shape[-1])],
-    }
+    rank = adapter["a"].shape[-1] if adapter["a"].ndim else 0
+    expected = fitting(leaf, rank)
     for name, array in adapter.items():
         if array.shape not in expected[name] or not rank:
             raise refuse(f"{leaf.path} has {name} of the shape {list(array.shape)}, not {list(expected[name][0])}")

@@ -13,7 +13,7 @@ from jdiff import diffusion, sharding
 from jdiff.diffusion.process import Process
 from jdiff.pipelines.loras import WithLoras
 from jdiff.pipelines.pictures import to_uint8
-from jdiff.pipelines.rows import gather, over, spread
+from jdiff.pipelines.rows import gather, over, pinned, spread
 
 Preview = Callable[[np.ndarray], np.ndarray]
 
@@ -122,7 +122,7 @@ def _denoise(
     shape = (model.image_size, model.image_size, model.channels)
     x_T = diffusion.sample_noise(keys_B2[:, 0], shape)
     guided = diffusion.guide(
-        lambda *inputs: model.apply({"params": params}, *over(mesh, inputs)),
+        pinned(mesh, partial(model.apply, {"params": params})),
         inputs["label"],
         model.null_label,
         guidance_scale,
@@ -130,6 +130,4 @@ def _denoise(
         rescale=guidance_rescale,
         interval=guidance_interval,
     )
-    # without these the compiler might choose to spread what the steps hand on over part of the devices
-    denoise = lambda x, t_B: over(mesh, guided(*over(mesh, (x, t_B))))  # noqa: E731
-    return over(mesh, process.sample(denoise, x_T, keys_B2[:, 1], sampler, steps).astype(jnp.float32))
+    return over(mesh, process.sample(pinned(mesh, guided), x_T, keys_B2[:, 1], sampler, steps).astype(jnp.float32))

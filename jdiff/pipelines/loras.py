@@ -1,5 +1,6 @@
 """Adapters of a pipeline: how strong each is, changed without compiling anew."""
 
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -29,3 +30,14 @@ class WithLoras:
                 self.params = place(self.mesh, lora.set_strength(self.params, index, float(scale)))
                 self.loras[index] = (known, float(scale))
         self.__dict__.pop("model_hash", None)
+
+
+def split_scale(text: str) -> tuple[str, float]:
+    """A command line's `LORA[:SCALE]` as (LORA, SCALE), 1 where none is said."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:  # a colon of the path's own
+        return text, 1.0

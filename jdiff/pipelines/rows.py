@@ -34,6 +34,12 @@ def over(mesh: Mesh, rows: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding.row_sharding(mesh, len(x))), rows)
 
 
+def pinned(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of rows whose inputs and outputs lie as `over` says: else the compiler might choose to spread what one step
+    hands to the next over part of the devices."""
+    return lambda *rows: over(mesh, function(*over(mesh, rows)))
+
+
 def gather(x: jax.Array) -> np.ndarray:
     """A global array as numpy, on every process."""
     if jax.process_count() == 1:

@@ -20,7 +20,7 @@ from jdiff.models.vae import decode_tiled
 from jdiff.pipelines.loras import WithLoras
 from jdiff.pipelines.pictures import to_uint8
 from jdiff.pipelines.request import Geometry, Pictures, Request, make_request
-from jdiff.pipelines.rows import gather, in_slices, on_fewest, over, place, spread
+from jdiff.pipelines.rows import gather, in_slices, on_fewest, over, pinned, place, spread
 from jdiff.version import __version__
 
 TILED_ABOVE = 96
@@ -387,15 +387,12 @@ def _loop(
         condition["seen"] = jnp.concatenate([state["mask"], state["masked"]], axis=-1)
 
     def model(x_BhwC: jax.Array, t_B: jax.Array, y: dict[str, jax.Array]) -> jax.Array:
-        x_BhwC, t_B, y = over(mesh, (x_BhwC, t_B, y))
         if "seen" in y:
             x_BhwC = jnp.concatenate([x_BhwC, y["seen"]], axis=-1)
         return unet.apply({"params": params}, x_BhwC, t_B, y["context"]).astype(jnp.float32)
 
     null = {**condition, "context": state.get("null")}
-    guided = diffusion.guide(model, condition, null, state.get("scale", 1), rescale=rescale)
-    # without the outer two the compiler might choose to spread what the steps hand on over part of the devices
-    denoise = lambda x, t_B: over(mesh, guided(*over(mesh, (x, t_B))))  # noqa: E731
+    guided = diffusion.guide(pinned(mesh, model), condition, null, state.get("scale", 1), rescale=rescale)
 
     def keep(x_BhwC: jax.Array, i: jax.Array) -> jax.Array:
         mask = state["mask"]
@@ -404,7 +401,7 @@ def _loop(
     steps_BMhwC = state.get("steps")
     found = schedulers.run(
         plan,
-        denoise,
+        pinned(mesh, guided),
         x,
         state["keys"],
         first=first,

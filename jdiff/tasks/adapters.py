@@ -5,7 +5,6 @@ adapters as they began, which are taken off the base again. A checkpoint holds t
 """
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -51,10 +50,13 @@ class Adapters:
             )
         self.title, self.source, self.transform = f"LoRA of {task.title}", task.source, task.transform
         self.rules = parse_rules(config.lora)
+        self._digests: dict[str, str] = {}
 
     def given(self) -> Any:
-        """The base."""
-        return self.task.given()
+        """The base; its hashes are taken on the way."""
+        given = self.task.given()
+        self._digests = self._digests or {name: tree.fingerprint(given[name]) for name in self.task.adaptable}
+        return given
 
     def init(self, key: jax.Array, given: Any) -> Any:
         """The base, and adapters that change nothing yet."""
@@ -91,13 +93,10 @@ class Adapters:
         """The task's, of the adapted models."""
         return self.task.grid(self._attached(full))
 
-    @cached_property
-    def _digests(self) -> dict[str, str]:
-        given = self.task.given()
-        return {name: tree.fingerprint(given[name]) for name in self.task.adaptable}
-
     def facts(self, measures: Mapping[str, float]) -> dict[str, Any]:
         """The task's, and `lora`: the adapted models with the hash of what they were, and how the adapters were made."""
+        if not self._digests:
+            self.given()
         settings = {k: v for k, v in self.settings.to_dict().items() if k != "any_base"}
         return {**self.task.facts(measures), "lora": {**settings, "base": self._digests}}
 

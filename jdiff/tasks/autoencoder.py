@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from jdiff import config as configs
 from jdiff import convert, data, models, sharding, tree
 from jdiff.evaluate.reconstruction import psnr, ssim
 from jdiff.loading import DTYPES, open_checkpoint
@@ -28,7 +27,7 @@ from jdiff.pipelines import gather, grid, to_uint8
 from jdiff.pipelines.rows import spread
 from jdiff.tasks import NOTHING, Batch, GradientFn, Losses, open_source, use_given
 from jdiff.tasks import autoencoder_loss as losses
-from jdiff.tasks.parts import Part, part_of
+from jdiff.tasks.parts import Part, part_of, refuse_sizes
 
 log = logging.getLogger(__name__)
 DUMMY = (1, 32, 32, 3)
@@ -250,10 +249,5 @@ class Autoencoder:
 
 def _given_vae(config: Any, dtype: Any) -> Part:
     """The autoencoder of init_from. ValueError where the config asks for sizes of its own."""
-    default = configs.default(config.task).vae
-    for key, value in config.vae.items():
-        if value != default[key]:
-            raise ValueError(
-                f"vae.{key}={value} cannot be had with init_from={config.init_from}, whose model has its own sizes"
-            )
+    refuse_sizes(config, ("vae.",))
     return part_of(open_checkpoint(config.init_from, dtype=dtype), "vae", f"init_from={config.init_from}")

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -15,6 +14,7 @@ from jdiff.diffusion.process import Process, make_process
 from jdiff.loading import DTYPES, open_checkpoint
 from jdiff.pipelines import ClassPipeline, grid
 from jdiff.tasks import NOTHING, Losses, LossFn, mean_gradient, open_source, use_given
+from jdiff.tasks.parts import part_of
 
 
 def class_loss(model: Any, process: Process) -> LossFn:
@@ -66,16 +66,13 @@ class ClassToImage:
         path = self.config.init_from
         if path is None:
             return {}
-        opened = open_checkpoint(path)
-        if "dit" not in opened.models:
-            raise ValueError(f"init_from={path} holds no dit, which is needed; it holds {', '.join(opened.models)}")
-        module, params = opened.models["dit"]
+        part = part_of(open_checkpoint(path), "dit", f"init_from={path}")
         same = {"remat", "scan_layers"}  # how it is run
         if not self.config.lora.rank:
             same.add("image_size")  # another has other positions, which no training changes
         theirs, ours = (
             {key: value for key, value in models.describe(model).items() if key not in same}
-            for model in (module, self.model)
+            for model in (part.module, self.model)
         )
         if wrong := [
             f"{key} {theirs.get(key)}, not {value}" for key, value in ours.items() if theirs.get(key) != value
@@ -83,9 +80,10 @@ class ClassToImage:
             raise ValueError(
                 f"init_from={path} holds another model than model.* and the data ask for: {', '.join(wrong)}"
             )
-        if module.image_size != self.model.image_size:
+        params = part.weights()
+        if part.module.image_size != self.model.image_size:
             params, _ = tree.set_apart(params, self.model.frozen)
-        return {"dit": jax.tree.map(lambda x: np.asarray(x, np.float32), params)}
+        return {"dit": params}
 
     def init(self, key: jax.Array, given: Any) -> Any:
         """The model's own initialisation, but for what is given."""

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdiff import checkpoint, convert, models, tree
+from jdiff import checkpoint, models, tree
+from jdiff import config as configs
 from jdiff.data import BrokenRecord, Source
-from jdiff.loading import Opened, open_checkpoint
+from jdiff.loading import Opened, open_checkpoint, tokenizer_folder
 from jdiff.tokens import Tokenizer
 
 
@@ -39,6 +40,17 @@ def part_of(opened: Opened, name: str, path: str) -> Part:
         raise ValueError(f"{path} holds no {name}, which is needed; it holds {', '.join(opened.models)}")
     module, params = opened.models[name]
     return Part(module, lambda: jax.tree.map(np.asarray, params))
+
+
+def refuse_sizes(config: Any, groups: tuple[str, ...], free: tuple[str, ...] = ()) -> None:
+    """ValueError for a key of these groups ("unet.") that asks for a size of its own where init_from's models have theirs.
+    free: keys that may be set all the same."""
+    now, default = configs.flat(config.to_dict()), configs.flat(configs.default(config.task))
+    for key in now:
+        if key.startswith(groups) and key not in free and now[key] != default[key]:
+            raise ValueError(
+                f"{key}={now[key]} cannot be had with init_from={config.init_from}, whose models have their own sizes"
+            )
 
 
 def open_vae(path: str | None, base: Opened | None, base_path: str | None, dtype: Any) -> Part:
@@ -70,7 +82,7 @@ def find_tokenizer(config: Any, base: Opened | None, source: Source, workdir: Pa
     elif base.tokenizer is not None:
         tokenizer = base.tokenizer
     elif config.text.tokenizer is not None:
-        tokenizer = Tokenizer.from_folder(convert.locate(config.text.tokenizer))
+        tokenizer = Tokenizer.from_folder(tokenizer_folder(config.text.tokenizer))
     else:
         raise ValueError(
             f"init_from={config.init_from} holds no tokenizer: set text.tokenizer, its folder or the hub's "

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from jdiff import config as configs
 from jdiff import data, models, tokens
 from jdiff.data import buckets
 from jdiff.data.captions import Captions
@@ -24,7 +23,7 @@ from jdiff.diffusion.process import Process, make_text_process, make_text_schedu
 from jdiff.loading import DTYPES, Opened, open_checkpoint
 from jdiff.pipelines import TextPipeline, grid
 from jdiff.tasks import NOTHING, Losses, LossFn, mean_gradient, use_given
-from jdiff.tasks.parts import Part, find_tokenizer, open_vae, part_of
+from jdiff.tasks.parts import Part, find_tokenizer, open_vae, part_of, refuse_sizes
 
 
 def text_loss(
@@ -93,10 +92,8 @@ class TextToImage:
         self.frozen = "vae/.*" if config.text.train else "(vae|text)/.*"
         self.transform, null = None, self.null_context
         if null is None:
-            self.transform, null = (
-                Prompts(self.tokenizer, **{k: v for k, v in config.captions.items() if k != "prompt"}),
-                self.tokenizer.null,
-            )
+            c, null = config.captions, self.tokenizer.null
+            self.transform = Prompts(self.tokenizer, c.shuffle_tags, c.keep_tags, c.on_long)
         settings = (process, null, config.diffusion.caption_dropout, config.text.clip_skip)
         self.loss = text_loss(self.unet, self.text, self.vae, *settings)
         self.gradient = mean_gradient(self.loss)
@@ -243,13 +240,7 @@ def _check_base(config: Any) -> None:
         raise ValueError(
             f"vae.path={config.vae.path} does not go with lora.rank: adapters keep to init_from's autoencoder"
         )
-    now, default = configs.flat(config.to_dict()), configs.flat(configs.default(config.task))
-    ours = ("unet.remat", "text.train", "text.clip_skip", "text.tokenizer")
-    for key in now:
-        if key.startswith(("unet.", "text.")) and key not in ours and now[key] != default[key]:
-            raise ValueError(
-                f"{key}={now[key]} cannot be had with init_from={config.init_from}, whose models have their own sizes"
-            )
+    refuse_sizes(config, ("unet.", "text."), ("unet.remat", "text.train", "text.clip_skip", "text.tokenizer"))
 
 
 def _check_contexts(config: Any) -> None:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jdiff
+from benchmarks.devices import over_devices
 from benchmarks.timing import Row, alone, alternate, close
-from jdiff import convert, diffusion, optim, sharding, train, tree
+from jdiff import convert, diffusion, optim, train, tree
 from jdiff.diffusion.process import Process
-from jdiff.pipelines.rows import place, spread
 from jdiff.tasks import mean_gradient
 from jdiff.tasks.class_to_image import class_loss
 
@@ -111,12 +111,6 @@ def dit(args: argparse.Namespace) -> Iterator[Row]:
             yield row
 
 
-def over_devices(params: Any, *rows: np.ndarray) -> tuple[Any, list[jax.Array]]:
-    """Parameters on every device, and arrays with their rows over them, as training and sampling have them."""
-    mesh = sharding.make_mesh()
-    return place(mesh, params), list(spread(mesh, {str(i): array for i, array in enumerate(rows)}).values())
-
-
 def _nchw(x: np.ndarray) -> Any:
     import torch
 
@@ -157,10 +151,8 @@ def _dit_train(args: argparse.Namespace, model: Any, params: Any, data: tuple[np
     step = jax.jit(one_step, donate_argnums=0)
     replicated, (latent, label) = over_devices(params, data[0], data[3])
     batch = {"latent": latent, "label": label}
-    weights, frozen = tree.set_apart({"dit": replicated}, f"dit/({model.frozen})")
-    average, base = jax.tree.map(jnp.copy, weights), jax.tree.map(lambda _: None, frozen)
-    copied = jax.tree.map(jnp.copy, weights)
-    held = [train.TrainState(jnp.zeros((), jnp.int32), copied, frozen, base, tx.init(weights), average)]
+    own = jax.tree.map(jnp.copy, {"dit": replicated})  # the step takes its state's memory
+    held = [train.make_state(own, tx, f"dit/({model.frozen})")]
 
     def ours():
         held[0], metrics = step(held[0], batch)

@@ -9,50 +9,63 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import Row, alone, alternate, close
-from jdiff import convert, diffusion, lora, models, optim, train, tree
+from benchmarks.timing import Busy, Row, alone, alternate, close, timed
+from jdiff import convert, diffusion, lora, models, optim, train
+from jdiff.convert.unet import dotted
 from jdiff.tasks import mean_gradient
 
 RANK, SIZE = 8, 32
 """Of the adapters; of the latents, 256 x 256 pixels: full training at 512 does not fit a small machine."""
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+LORA, NOTHING = r"(?!lora/).*|.*/scale", r"(?!)"
+"""What is frozen of the tree."""
 
 
 def lora_steps(args: argparse.Namespace) -> Iterator[Row]:
     """One row for the LoRA step beside peft's, one for the full step and what LoRA spares of it."""
-    wanted = args.only.split(",") if args.only else ["step", "full"]
+    cases = {"step": _beside_peft, "full": _beside_full}
+    for name in args.only.split(",") if args.only else cases:
+        yield cases[name](args)
+
+
+def _beside_peft(args: argparse.Namespace) -> Row:
+    module, base, adapters = _weights()
+    data, schedule = _data(args.batch), diffusion.make_schedule("scaled_linear")
+    row: Row = {"case": f"lora step r{RANK} b{args.batch}"}
+    theirs, error = _peft(args, module, base, adapters, data, schedule) if args.side != "jdiff" else (None, 0.0)
+    if args.side == "torch":
+        return row | alone(theirs)
+    ours, _ = _step(module, schedule, data, {"lora": adapters, "unet": base}, LORA)
+    if args.side == "jdiff":
+        return row | alone(ours)
+    return row | {"error": error} | alternate({"jdiff": ours, "torch": theirs}, args.rounds)
+
+
+def _beside_full(args: argparse.Namespace) -> Row:
+    """One after the other, since both do not fit the memory of a small machine."""
+    rounds, times, held, busy = max(args.rounds // 2, 3), {}, {}, Busy()
+    for name in ("lora", "full"):
+        module, base, adapters = _weights()
+        full, frozen = ({"lora": adapters, "unet": base}, LORA) if name == "lora" else ({"unet": base}, NOTHING)
+        step, held[name] = _step(module, diffusion.make_schedule("scaled_linear"), _data(args.batch), full, frozen)
+        del full, base
+        times[name] = timed(step, rounds)
+        del step
+    return {
+        "case": f"lora full b{args.batch}",
+        "jdiff_ms": times["full"],
+        "lora_ms": times["lora"],
+        "quicker": round(times["full"] / times["lora"], 2),
+        "memory_share": round(held["lora"] / held["full"], 4),  # of gradients and optimizer
+        "others": busy.others(),
+    }
+
+
+def _weights() -> tuple[Any, Any, Any]:
+    """The UNet, its weights, and adapters of it."""
     module = models.create("sd15/unet")
     base = jax.jit(lambda: module.init(jax.random.key(0), *module.dummy_inputs())["params"])()
-    base = jax.tree.map(jnp.asarray, base)
-    data = _data(args.batch)
-    schedule = diffusion.make_schedule("scaled_linear")
-    adapters = lora.init(jax.random.key(1), {"unet": base}, [lora.Rule("attn", RANK)])
-    row: Row = {"case": f"lora step r{RANK} b{args.batch}"}
-    ours, state = _step(module, schedule, data, {"lora": adapters, "unet": base}, r"(?!lora/).*|.*/scale")
-    spared = _bytes(state)
-    if "step" in wanted:
-        if args.side == "jdiff":
-            yield row | alone(ours)
-            return
-        theirs, error = _peft(args, module, base, adapters, data, schedule)
-        if args.side == "torch":
-            yield row | alone(theirs)
-            return
-        row |= {"error": error} | alternate({"jdiff": ours, "torch": theirs}, args.rounds)
-        yield row
-        del theirs
-    if "full" in wanted and not args.side:
-        full, full_state = _step(module, schedule, data, {"unet": base}, r"(?!)")
-        share = spared / _bytes(full_state)
-        times = alternate({"lora": ours, "full": full}, max(args.rounds // 3, 2))
-        yield {
-            "case": f"full step b{args.batch}",
-            "jdiff_ms": times["full_ms"],
-            "lora_ms": times["lora_ms"],
-            "quicker": round(times["full_ms"] / times["lora_ms"], 2),
-            "memory_share": round(share, 4),  # of gradients and optimizer
-            "others": times["others"],
-        }
+    return module, base, lora.init(jax.random.key(1), {"unet": base}, [lora.Rule("attn", RANK)])
 
 
 def _data(batch: int) -> dict[str, np.ndarray]:
@@ -65,38 +78,26 @@ def _data(batch: int) -> dict[str, np.ndarray]:
     }
 
 
-def _bytes(state: train.TrainState) -> int:
-    """Of the gradients and the optimizer's state."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
-
-
-def _loss(module: Any, schedule: Any, full: Any, batch: Any, keys_B: jax.Array) -> dict[str, jax.Array]:
+def _loss(module: Any, schedule: Any, full: Any, batch: Any, keys_B: Any) -> dict[str, jax.Array]:
     params = lora.attach({"unet": full["unet"]}, full["lora"]) if "lora" in full else full
     model_fn = lambda x, t: module.apply({"params": params["unet"]}, x, t, batch["context"])  # noqa: E731
     return diffusion.gaussian_loss(model_fn, schedule, batch["x_0"], batch["t"], batch["noise"])
 
 
-def _step(module: Any, schedule: Any, data: Any, full: Any, frozen: str) -> tuple[Callable[[], None], train.TrainState]:
-    """(a call of a training step as the trainer does it, its state before)."""
+def _step(module: Any, schedule: Any, data: Any, full: Any, frozen: str) -> tuple[Callable[[], None], int]:
+    """(a call of a training step as the trainer does it, bytes of its gradients and optimizer). Takes `full`'s arrays."""
     tx = optim.make_optimizer(optim.make_schedule("constant", 1e-4, 0, 1))
     gradient = mean_gradient(functools.partial(_loss, module, schedule))
     run = functools.partial(train.train_step, gradient=gradient, tx=tx, ema=optim.Ema(0.999), seed=0)
     step, batch = jax.jit(run, donate_argnums=0), jax.tree.map(jnp.asarray, data)
-    params, rest = tree.set_apart(full, frozen)
-    params = jax.tree.map(jnp.copy, params)
-    nothing = jax.tree.map(lambda _: None, rest)
-    average = jax.tree.map(jnp.copy, params)
-    state = train.TrainState(
-        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, rest), nothing, tx.init(params), average
-    )
-    shapes = jax.eval_shape(lambda: state)
-    held = [state]
+    state = [train.make_state(full, tx, frozen)]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((state[0].params, state[0].opt_state)))
 
     def call() -> None:
-        held[0], metrics = step(held[0], batch)
-        jax.block_until_ready((held[0], metrics))
+        state[0], metrics = step(state[0], batch)
+        jax.block_until_ready((state[0], metrics))
 
-    return call, shapes
+    return call, size
 
 
 def _peft(
@@ -112,11 +113,9 @@ def _peft(
     peer.requires_grad_(False)
     peer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
     by_module = {name: value for name, value in peer.named_parameters() if value.requires_grad}
-    ours = lora.by_path(adapters)
+    ours = _by_module(adapters)
     for name, parameter in by_module.items():
-        path = name.split(".lora_")[0]
-        adapter = next(v for k, v in ours.items() if _dotted(k) == path)
-        part = adapter["a"] if ".lora_A." in name else adapter["b"]
+        part = ours[name.split(".lora_")[0]]["a" if ".lora_A." in name else "b"]
         parameter.data.copy_(torch.tensor(np.array(part)).T)
     nchw = lambda x: torch.tensor(x).permute(0, 3, 1, 2).contiguous()  # noqa: E731
     x_0, noise, t, context = (
@@ -136,18 +135,17 @@ def _peft(
         return loss
 
     def total(trained: Any) -> jax.Array:
-        return _loss(module, schedule, {"unet": base, "lora": trained}, jax.tree.map(jnp.asarray, data), None)[
-            "loss"
-        ].mean()
+        full, batch = {"unet": base, "lora": trained}, jax.tree.map(jnp.asarray, data)
+        return _loss(module, schedule, full, batch, None)["loss"].mean()
 
     if not args.side:
         loss, grads = jax.jit(jax.value_and_grad(total))(adapters)
         error = close("loss", loss, backward().detach(), 1e-4)
-        found = lora.by_path(grads)
+        found = _by_module(grads)
         for name, parameter in by_module.items():
             if ".lora_B." in name:  # a's gradient is zero while b is
-                path = next(k for k in found if _dotted(k) == name.split(".lora_")[0])
-                error = max(error, close(f"gradient of {name}", found[path]["b"].T, parameter.grad, 2e-3))
+                ours_b = found[name.split(".lora_")[0]]["b"]
+                error = max(error, close(f"gradient of {name}", ours_b.T, parameter.grad, 2e-3))
     else:
         error = 0.0
 
@@ -159,8 +157,7 @@ def _peft(
     return theirs, error
 
 
-def _dotted(path: str) -> str:
-    """Our path of a kernel in diffusers' spelling."""
-    from jdiff.convert.unet import dotted
-
-    return dotted(None, path.removeprefix("unet/").removesuffix("/kernel"))
+def _by_module(adapters: Any) -> dict[str, Any]:
+    """Adapters by diffusers' name of their module."""
+    names = {path: path.removeprefix("unet/").removesuffix("/kernel") for path in lora.by_path(adapters)}
+    return {dotted(None, names[path]): parts for path, parts in lora.by_path(adapters).items()}

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.devices import over_devices
 from benchmarks.timing import Row, alone, alternate, close
-from jdiff import convert, models, sharding
+from jdiff import convert, models
 from jdiff.models.macs import macs_of
-from jdiff.pipelines.rows import place, spread
 
 Case = tuple[Callable[[], Any], Callable[[], Any], int, str]
 """Both sides, the multiply-accumulates of a call, and a title."""
@@ -58,9 +58,7 @@ def _unet(args: argparse.Namespace) -> Case:
     rng = np.random.default_rng(0)
     x, context = rng.normal(size=(batch, 64, 64, 4)), rng.normal(size=(batch, 77, 768))
     t = np.full(batch, 500)
-    mesh = sharding.make_mesh()
-    params, rows = place(mesh, params), {"x": x.astype(np.float32), "t": t, "context": context.astype(np.float32)}
-    inputs = spread(mesh, rows).values()
+    params, inputs = over_devices(params, x.astype(np.float32), t, context.astype(np.float32))
     peer_inputs = (
         torch.tensor(x).float().permute(0, 3, 1, 2).contiguous(),
         torch.tensor(t),

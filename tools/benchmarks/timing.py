@@ -56,6 +56,16 @@ def alternate(sides: dict[str, Callable[[], Any]], rounds: int, calls: int = 1) 
     return row
 
 
+def timed(function: Callable[[], Any], rounds: int) -> float:
+    """Median milliseconds of a call, after one that is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - start) * 1e3)
+    return round(statistics.median(times[1:]), 2)
+
+
 def close(name: str, found: Any, expected: Any, tolerance: float) -> float:
     """The largest difference relative to the largest expected magnitude; an error above the tolerance."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
