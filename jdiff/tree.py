@@ -116,24 +116,33 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    """Two 32-bit sums of each array's words, each word mixed with its position first: (leaves, 2) uint32."""
+def _checksum(leaf: jax.Array) -> jax.Array:
+    """Two 32-bit sums of an array's words, each word mixed with its position first: (2,) uint32."""
+    if leaf.dtype == bool:
+        leaf = leaf.astype(jnp.uint8)
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    words = jax.lax.bitcast_convert_type(leaf, unsigned) if leaf.dtype != unsigned else leaf
+    if unsigned.itemsize == 8:
+        words = jax.lax.bitcast_convert_type(words, jnp.uint32)
+    words = words.astype(jnp.uint32)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    mixed = [_mix(words ^ _mix(place + jnp.uint32(start))) for start in (0x9E3779B9, 0x7F4A7C15)]
+    return jnp.stack([jnp.sum(m, dtype=jnp.uint32) for m in mixed])
 
-    def sums(leaf: jax.Array) -> jax.Array:
-        if leaf.dtype == bool:
-            leaf = leaf.astype(jnp.uint8)
-        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        words = jax.lax.bitcast_convert_type(leaf, unsigned) if leaf.dtype != unsigned else leaf
-        if unsigned.itemsize == 8:
-            words = jax.lax.bitcast_convert_type(words, jnp.uint32)
-        words = words.astype(jnp.uint32)
-        place = jnp.zeros(words.shape, jnp.uint32)
-        for axis, size in enumerate(words.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        mixed = [_mix(words ^ _mix(place + jnp.uint32(start))) for start in (0x9E3779B9, 0x7F4A7C15)]
-        return jnp.stack([jnp.sum(m, dtype=jnp.uint32) for m in mixed])
 
-    return jnp.stack([sums(leaf) for leaf in leaves])
+@jax.jit
+def _all_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
+
+
+def _of_each(function: Callable[[Any], jax.Array], tree: Tree) -> dict[str, np.ndarray]:
+    """A jitted function's value for each leaf, by path.
+
+    Leaf by leaf, so that leaves of one shape share a compilation: one program for a thousand takes minutes to compile.
+    """
+    return jax.device_get({path: function(leaf) for path, leaf in flatten(tree).items()})
 
 
 def checksums(tree: Tree) -> dict[str, str]:
@@ -142,11 +151,12 @@ def checksums(tree: Tree) -> dict[str, str]:
     The value depends on the numbers alone, not on sharding, and any change within one word changes it, since words are
     mixed by a bijection before they are added up. It guards against damage, not against forgery.
     """
-    arrays = flatten(tree)
-    if not arrays:
-        return {}
-    values = np.asarray(_checksums([jnp.asarray(leaf) for leaf in arrays.values()]))
-    return {path: f"{a:08x}{b:08x}" for path, (a, b) in zip(arrays, values, strict=True)}
+    return {path: f"{a:08x}{b:08x}" for path, (a, b) in _of_each(_checksum, tree).items()}
+
+
+def not_finite(tree: Tree) -> list[str]:
+    """The paths of arrays that hold NaN or infinity."""
+    return [path for path, finite in _of_each(_all_finite, tree).items() if not finite]
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -156,9 +166,8 @@ def digest(values: Mapping[str, Any]) -> str:
 
 def fingerprint(tree: Tree) -> str:
     """Sixteen hex digits of all leaves' paths and values, the same for one set of values in float32 and in halves of it."""
-    # one leaf at a time: leaves of one shape then share a compilation, of which a thousand at once would take minutes
-    wide = {path: np.asarray(leaf).astype(np.float32, copy=False) for path, leaf in flatten(tree).items()}
-    return digest({path: checksums({path: leaf})[path] for path, leaf in wide.items()})
+    one = lambda leaf: checksums({"": np.asarray(leaf).astype(np.float32, copy=False)})[""]  # noqa: E731
+    return digest({path: one(leaf) for path, leaf in flatten(tree).items()})
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
