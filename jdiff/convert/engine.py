@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jdiff import tree
-from jdiff.convert import clip, dit, unet, vae
+from jdiff.convert import clip, dit, inception, unet, vae
 from jdiff.convert.arrays import FLOATS, Array, Lazy, numbers
 from jdiff.convert.layouts import Unequal
 from jdiff.convert.rows import ConversionError, Entry, Row, entries
@@ -26,6 +26,7 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
     "UNet": {"diffusers": unet.DIFFUSERS, "compvis": unet.COMPVIS},
     "AutoencoderKL": {"diffusers": vae.DIFFUSERS, "compvis": vae.COMPVIS},
     "CLIPText": {"diffusers": clip.TRANSFORMERS, "compvis": clip.TRANSFORMERS},
+    "Inception": {"torchvision": inception.TORCHVISION},
 }
 """Class -> format -> table. transformers' names go by diffusers', whose folders they stand in."""
 MOST_GRID = 1024

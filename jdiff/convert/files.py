@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import sharding
-from jdiff.convert import clip, configs, namings, tensors, torchfile
+from jdiff.convert import clip, configs, inception, namings, tensors, torchfile
 from jdiff.convert.arrays import Array, contiguous, numbers, release
 from jdiff.convert.engine import Arrays, read, write
 from jdiff.convert.rows import ConversionError, refuse
 
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 """How a component's weights are called, before `[.fp16].safetensors` or `.bin`; diffusers' first, then transformers'."""
-IGNORED = {"CLIPText": clip.IGNORED}
+IGNORED = {"CLIPText": clip.IGNORED, "Inception": inception.IGNORED}
 """Class -> arrays that components of it may hold besides, with the reason why they are no parameters."""
 
 

@@ -30,6 +30,8 @@ def namings(module: Any) -> list[Naming]:
     compvis = [Naming("compvis", prefixed(prefix)) for prefix in PREFIXES.get(kind, ())]
     if kind == "DiT":
         return [Naming("dit"), Naming("diffusers")]
+    if kind == "Inception":
+        return [Naming("torchvision")]
     if kind == "CLIPText":
         return [Naming("diffusers"), Naming("diffusers", prefixed(clip.PREFIX)), *compvis]
     older = [Naming("diffusers", vae.old_attention)] if kind == "AutoencoderKL" else []

@@ -8,6 +8,7 @@ from typing import Any
 from jdiff.convert.layouts import Copies, Layers, Layout, Pointwise, Split, usual
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAVES |= {"mean": "running_mean", "var": "running_var"}
 MOST = 1500
 """Characters of an error."""
 Sizes = Mapping[str, tuple[int, ...]]
