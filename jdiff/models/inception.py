@@ -134,9 +134,9 @@ class ConvBN(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        _, width, *kernel, stride, padded = self.layer
-        padding = [((k - 1) // 2,) * 2 if padded else (0, 0) for k in kernel]
-        conv = Conv(width, tuple(kernel), (stride, stride), padding, False, dtype=self.dtype, name="conv")
+        _, width, h, w, stride, padded = self.layer
+        padding = [((k - 1) // 2,) * 2 if padded else (0, 0) for k in (h, w)]
+        conv = Conv(width, (h, w), (stride, stride), padding, False, dtype=self.dtype, name="conv")
         return nn.relu(BatchNorm(name="bn")(conv(x_BHWC)))
 
 
