@@ -4,8 +4,7 @@
         --workdir runs/sd_lora
     python tools/sample.py runs/sd --prompt "red apple" --lora runs/sd_lora
 
-Every caption of the flags becomes one: what is drawn turns into a flag, whatever the prompt says. Minutes on two CPU cores; the
-grids before and after are in docs/lora.md.
+The base has seen nothing but food. Minutes on two CPU cores; grids of the same prompts, before and after, are in docs/lora.md.
 """
 
 from jdiff.config import default
@@ -24,7 +23,7 @@ def get_config():
     config.optim.update(lr=2e-3, warmup_steps=20, clip_norm=1.0)
     config.ema.update(decay=0.99, warmup=True)
     config.sample.update(steps=50, guidance=3.0)
-    words = "red apple, grinning face, japan flag, dog face, blue heart, slice of pizza, sun with face, rocket, snowman, guitar"
-    words += ", fire engine, sunflower, cat face, airplane, house building, black cat"
+    words = "japan flag, france flag, germany flag, italy flag, ukraine flag, switzerland flag, sweden flag, bangladesh flag"
+    words += ", red apple, banana, slice of pizza, hamburger, carrot, doughnut, ice cream, beer mug"
     config.sample.prompts = tuple(words.split(", "))
     return config

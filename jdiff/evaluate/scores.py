@@ -1,0 +1,92 @@
+"""Scores of a set of pictures by their features, each with an interval, held against a reference of the same network."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jdiff.evaluate.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from jdiff.evaluate.features import Features
+from jdiff.evaluate.moments import Moments
+from jdiff.tree import nearest
+
+METRICS = ("fid", "sfid", "kid", "is", "precision", "recall")
+RESAMPLES = 20
+SPLIT = 5000
+"""Rows that the Inception score is customarily taken of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What pictures are held against. network: the title of the one whose features these are; None for a file that does not say.
+
+    pool, spatial: moments of features; features: the features themselves, where they are there, as kid, precision and recall
+    take them.
+    """
+
+    title: str
+    network: str | None
+    pool: Moments
+    spatial: Moments | None = None
+    features: Features | None = None
+
+    @classmethod
+    def of(cls, title: str, network: str, features: Features) -> "Reference":
+        """That of pictures' features."""
+        spatial = None if features.spatial_ND is None else Moments.of(features.spatial_ND)
+        return cls(title, network, Moments.of(features.pool_ND), spatial, features)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A value, and the 95 % interval that resampling the pictures gives it; nan where it was not resampled."""
+
+    value: float
+    low: float
+    high: float
+
+
+def scores(
+    samples: Features,
+    reference: Reference | None,
+    metrics: Sequence[str],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """Each metric of `METRICS` that is asked for. reference: not needed for `is` alone.
+
+    The interval is the value ± 1.96 deviations over `resamples` bootstrap sets of the samples' rows (the reference stays as it
+    is); 0 leaves it out. ValueError for an unknown metric, or one that the reference or the network has nothing for.
+    """
+    found = {}
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ValueError(f"metric {metric!r} is unknown{nearest(metric, METRICS)}; there are {', '.join(METRICS)}")
+        measure = _measure(metric, samples, reference)
+        value, rng = measure(samples), np.random.default_rng(seed)
+        again = [measure(samples.rows(rng.integers(len(samples), size=len(samples)))) for _ in range(resamples)]
+        spread = 1.96 * float(np.std(again, ddof=1)) if resamples > 1 else float("nan")
+        found[metric] = Score(value, value - spread, value + spread)
+    return found
+
+
+def _measure(metric: str, samples: Features, reference: Reference | None) -> Callable[[Features], float]:
+    if metric == "is":
+        return lambda z: inception_score(z.logits_NK, max(1, len(z) // SPLIT))[0]
+    if reference is None:
+        raise ValueError(f"{metric} compares with a reference: give one")
+    if metric == "fid":
+        return lambda z: frechet_distance(Moments.of(z.pool_ND), reference.pool)
+    if metric == "sfid":
+        spatial = reference.spatial
+        if samples.spatial_ND is None or spatial is None:
+            raise ValueError(f"sfid needs maps of features, which {reference.title} or the network does not have")
+        return lambda z: frechet_distance(Moments.of(np.asarray(z.spatial_ND)), spatial)
+    if reference.features is None:
+        raise ValueError(f"{metric} needs the reference's pictures, and {reference.title} holds moments alone")
+    pool_MD = reference.features.pool_ND
+    if metric == "kid":
+        return lambda z: kernel_distance(z.pool_ND, pool_MD)
+    part = ("precision", "recall").index(metric)
+    return lambda z: precision_recall(z.pool_ND, pool_MD)[part]

@@ -1,0 +1,156 @@
+"""From pictures to scores: the classifier trains, worse pictures score worse, and unlike things are not compared."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, make_pictures
+from PIL import Image
+
+import jdiff
+from jdiff import sharding
+from jdiff.data import DataError
+from jdiff.evaluate.features import Features, Network, open_network, resized
+from jdiff.evaluate.moments import Moments
+from jdiff.evaluate.pictures import batches, moments_of, open_pictures
+from jdiff.evaluate.scores import Reference, scores
+
+CLASSIFIER = ("--config.data.image_size=16", "--config.model.widths=8,16", "--config.batch_size=16")
+
+
+def pixels(params, image):
+    """A network for tests: a picture's mean colours by quarter."""
+    x = image.astype(np.float32).reshape(len(image), 2, image.shape[1] // 2, 2, -1, 3).mean((2, 4)).reshape(-1, 12)
+    return x * params, x[:, :5]
+
+
+NETWORK = Network("pixels", np.float32(1.0), pixels)
+COLOURS = np.random.default_rng(0).integers(0, 256, (90, 2, 2, 3), dtype=np.uint8)
+PICTURES = np.repeat(np.repeat(COLOURS, 4, 1), 4, 2)
+
+
+@pytest.fixture(scope="module")
+def classifier(commands, tmp_path_factory):
+    """A run of the classifier on OpenMoji, seconds long."""
+    workdir = tmp_path_factory.mktemp("classifier")
+    steps = ("--config.total_steps=40", "--config.sample_every=20", "--config.checkpoint_every=20")
+    config = ("--config", "configs/classifier_openmoji.py", "--workdir", workdir, "--config.log.tensorboard=false")
+    done = commands.run("launch.py", *config, *CLASSIFIER, *steps)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_the_classifier_learns(classifier):
+    records = [json.loads(line) for line in (classifier / "metrics.jsonl").read_text().splitlines()]
+    told = [r["heldout_accuracy"] for r in records if "heldout_accuracy" in r]
+    assert told[-1] > 0.25  # a tenth by chance
+    assert Image.open(sorted((classifier / "samples").glob("*.png"))[-1]).width > 200
+    model, params = jdiff.load(classifier)
+    logits, features = model.apply({"params": params}, np.zeros((3, 16, 16, 3), np.float32))
+    assert logits.shape == (3, 10) and features.shape == (3, 16)
+
+
+def test_features_do_not_depend_on_batches_or_devices():
+    few = sharding.make_mesh(devices=jax.devices()[:1])
+    whole = NETWORK.features([PICTURES], few)
+    np.testing.assert_array_equal(whole.pool_ND, pixels(1.0, PICTURES)[0])
+    for size, mesh in ((7, few), (90, None), (32, None)):
+        cut = NETWORK.features((PICTURES[i : i + size] for i in range(0, 90, size)), mesh)
+        np.testing.assert_array_equal(cut.pool_ND, whole.pool_ND)
+        np.testing.assert_array_equal(cut.logits_NK, whole.logits_NK)
+
+
+def test_worse_pictures_score_worse(classifier):
+    """Noise, a little of it and more, by the network trained just now."""
+    network = open_network(classifier)
+    pictures = np.concatenate(list(batches(open_pictures("openmoji", 16), 400)))
+    reference = Reference.of("openmoji", network.title, network.features([pictures[::2]]))
+    rng, found = np.random.default_rng(0), []
+    for amount in (0, 20, 60, 120):
+        noisy = pictures[1::2] + rng.normal(size=(200, 16, 16, 3)) * amount
+        features = network.features([np.clip(noisy, 0, 255).astype(np.uint8)])
+        found.append(scores(features, reference, ("fid", "kid"), resamples=5))
+    for metric in ("fid", "kid"):
+        values = [scored[metric].value for scored in found]
+        assert values == sorted(values) and values[-1] > 3 * max(values[0], 1e-9)
+        assert all(scored[metric].low < scored[metric].value < scored[metric].high for scored in found)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (299, 299), (512, 640)])
+def test_pictures_are_resized_as_pytorch_fid_does(shape):
+    image = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
+    x = torch.tensor(image).permute(0, 3, 1, 2).float() / 255
+    expected = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
+    # its places of samples, up to 640, are rounded to fp32
+    np.testing.assert_allclose(resized(image, 299, "torch"), expected.permute(0, 2, 3, 1), atol=2e-4)
+
+
+def test_pictures_are_resized_as_tensorflow_did():
+    """Corners at 0: output i lies at i * n / size of the input."""
+    row = np.array([0, 128, 255], np.uint8)
+    image = np.broadcast_to(row[None, None, :, None], (1, 1, 3, 3))
+    found = np.asarray(resized(image, 6, "tf"))[0, 0, :, 0] * 128 + 128
+    np.testing.assert_allclose(found, [0, 64, 128, 191.5, 255, 255], atol=1e-3)
+
+
+def test_moments_of_a_file_are_a_reference(tmp_path):
+    features = NETWORK.features([PICTURES])
+    own = Moments.of(features.pool_ND)
+    np.savez(tmp_path / "m.npz", mu=own.mean_D, sigma=own.covariance_DD)
+    reference = moments_of(str(tmp_path / "m.npz"))
+    assert scores(features, reference, ("fid",), resamples=0)["fid"].value == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match=r"kid needs the reference's pictures, and .*m\.npz holds moments alone"):
+        scores(features, reference, ("kid",))
+    np.savez(tmp_path / "p.npz", arr_0=PICTURES)
+    assert moments_of(str(tmp_path / "p.npz")) is None
+    np.testing.assert_array_equal(open_pictures(str(tmp_path / "p.npz"), 0), PICTURES)
+
+
+def test_a_mistake_is_one_line(tmp_path, classifier):
+    features = NETWORK.features([PICTURES])
+    np.savez(tmp_path / "x.npz", arr_0=PICTURES[0])
+    np.savez(tmp_path / "y.npz", other=PICTURES)
+    (tmp_path / "z.npz").write_text("no zip")
+    cases = (
+        (r"metric 'fdi' is unknown \(did you mean 'fid'", lambda: scores(features, None, ("fdi",))),
+        (r"fid compares with a reference", lambda: scores(features, None, ("fid",))),
+        (r"sfid needs maps", lambda: scores(features, Reference.of("a", "pixels", features), ("sfid",))),
+        (r"there are no pictures", lambda: NETWORK.features([])),
+        (r"arr_0 is uint8\[8, 8, 3\], not", lambda: open_pictures(str(tmp_path / "x.npz"), 0)),
+        (r"holds \['other'\], and pictures are in arr_0", lambda: open_pictures(str(tmp_path / "y.npz"), 0)),
+        (r"z\.npz cannot be read", lambda: moments_of(str(tmp_path / "z.npz"))),
+        (r"none is neither a run nor a file", lambda: open_network(tmp_path / "none")),
+        (r"resize='tff' is unknown \(did you mean 'tf'", lambda: open_network(tmp_path / "x.npz", "tff")),
+    )
+    for said, call in cases:
+        with pytest.raises((ValueError, DataError), match=said) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_the_tool_scores_a_run_and_a_folder(commands, classifier, tmp_path):
+    make_pictures(tmp_path / "pictures", each=12)
+    run = commands.run(
+        "launch.py", "--config", "configs/quickstart.py", "--workdir", tmp_path / "run", *TINY, "--config.total_steps=2"
+    )
+    assert run.returncode == 0, run.stderr
+    common = ("--network", classifier, "--resamples", 2, "--json", tmp_path / "scores.jsonl")
+    for source in (tmp_path / "run", tmp_path / "pictures"):
+        size = () if source.name == "run" else ("--image-size", 8)
+        settings = ("--num", 20, "--steps", 2, "--reference", "openmoji")
+        done = commands.run("tools/evaluate.py", source, *common, *settings, *size)
+        assert done.returncode == 0, done.stderr
+        assert "20 pictures of" in done.stdout and "classifier" in done.stdout and "recall" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["fid"][0] > 0 and line["count"] == 20 for line in lines)
+    assert lines[0]["network"] == lines[1]["network"]
+    wrong = commands.run("tools/evaluate.py", tmp_path / "pictures", *common, "--reference", "openmoji")
+    assert wrong.returncode == 2 and wrong.stderr.strip().startswith("evaluate.py: --image-size is missing")
+
+
+def test_features_keep_their_rows():
+    features = Features(np.arange(6.0).reshape(3, 2), np.arange(3.0)[:, None], np.arange(3.0)[:, None])
+    assert features.rows(np.array([2, 2, 0])).spatial_ND.ravel().tolist() == [2, 2, 0]
