@@ -208,7 +208,25 @@ def _autoencoder() -> dict[str, Any]:
     }
 
 
-TASKS = {"class_to_image": _class_to_image, "text_to_image": _text_to_image, "autoencoder": _autoencoder}
+def _classifier() -> dict[str, Any]:
+    """Pictures to their class: features for scores."""
+    return {
+        "model": {"widths": (32, 64, 128), "norm_num_groups": 8},
+        "loss": {"label_smoothing": 0.1},
+        "heldout": {
+            "path": placeholder(str),  # as of an autoencoder
+            "count": 256,
+        },
+        "sample": {"rows": 4},  # of a grid of held-out pictures, a column for each class they are taken for
+    }
+
+
+TASKS = {
+    "class_to_image": _class_to_image,
+    "text_to_image": _text_to_image,
+    "autoencoder": _autoencoder,
+    "classifier": _classifier,
+}
 """What can be trained, and the keys that only it has."""
 CHOICES = {
     "precision": ("fp32", "bf16"),
@@ -237,6 +255,7 @@ POSITIVE = (
     *("text.max_length", "buckets.step", "diffusion.timestep_bias.multiplier"),
     *("vae.block_out_channels", "vae.layers_per_block", "vae.latent_channels", "vae.norm_num_groups"),
     *("gan.width", "heldout.count", "lora.alpha", "lora.plus_ratio"),
+    *("model.widths", "model.norm_num_groups", "sample.rows"),
 )
 """Keys whose value, where one is set, is above 0: each number of a list."""
 NOT_NEGATIVE = (
@@ -292,7 +311,13 @@ def check(config: Config, devices: int = 1) -> None:
     for key in NOT_NEGATIVE:
         if values.get(key, 0) < 0:
             raise ValueError(f"{key}={values[key]} must not be below 0")
-    for key in ("ema.decay", "data.max_bad_rate", "model.label_dropout", "diffusion.caption_dropout"):
+    for key in (
+        "ema.decay",
+        "data.max_bad_rate",
+        "model.label_dropout",
+        "diffusion.caption_dropout",
+        "loss.label_smoothing",
+    ):
         value = values.get(key)
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{key}={value} must lie between 0 and 1")

@@ -17,6 +17,9 @@ QUICK = "--xla_backend_optimization_level=0"  # compiles in a third of the time;
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", f"{QUICK} --xla_force_host_platform_device_count=8")
 
+import jax  # noqa: E402  (reads the environment)
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 TINY = (
     *("--config.model.depth=2", "--config.model.width=32", "--config.model.heads=2", "--config.data.image_size=8"),
@@ -48,7 +51,7 @@ class Commands:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=cwd, env=self.environment(devices), start_new_session=True, **pipes)
 
-    def run(self, script: str, *arguments: object, devices: int = 1, cwd: Path = ROOT, timeout: float = 120):
+    def run(self, script: str, *arguments: object, devices: int = 1, cwd: Path = ROOT, timeout: float = 300):
         """Runs `script` to its end; its whole process group is killed at `timeout`."""
         process = self.start(script, *arguments, devices=devices, cwd=cwd)
         try:
@@ -63,6 +66,27 @@ class Commands:
 def commands(tmp_path_factory) -> Commands:
     """The project's scripts as processes."""
     return Commands(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def xla(tmp_path_factory) -> Path:
+    """Where `compiled` keeps programs."""
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="module")
+def compiled(xla):
+    """Programs of this process compiled once are kept, for the runs that are the same again."""
+    options = {"jax_compilation_cache_dir": str(xla)}
+    options |= {"jax_persistent_cache_min_compile_time_secs": 0.1, "jax_persistent_cache_min_entry_size_bytes": 0}
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 60) -> None:

@@ -15,6 +15,7 @@ from jdiff import config as configs
 from jdiff.loading import load_adapters
 from jdiff.tasks.adapters import parse_rules
 
+pytestmark = pytest.mark.usefixtures("compiled")
 RANK = {"lora.rank": 2, "lora.alpha": 4.0}
 QUICK = {"steps": 3, "scheduler": "ddim", "output": "np"}
 
@@ -235,10 +236,30 @@ def test_a_mistake_is_one_line(base, pictures, changes, said):
     assert "\n" not in str(error.value)
 
 
-def test_an_autoencoder_has_no_adapters():
+def test_an_autoencoder_trains_adapters(base, image_folder, tmp_path):
     config = configs.default("autoencoder")
-    config.update_from_flattened_dict(
-        {"lora.rank": 2, "batch_size": 8, "vae.block_out_channels": (8, 16), "vae.norm_num_groups": 4}
-    )
-    with pytest.raises(ValueError, match=r"adapters of task='autoencoder' cannot be trained"):
+    values = {
+        **{"init_from": str(base / "vae"), "data.name": "imagefolder", "data.path": str(image_folder), "batch_size": 8},
+        **{"data.image_size": 32, "heldout.path": str(image_folder), "heldout.count": 8, "sample.count": 4},
+        **{"total_steps": 2, "checkpoint_every": 2, "sample_every": 2, "log.tensorboard": False, "optim.lr": 1e-3},
+        **{"lora.rank": 2, "lora.targets": ("attn", "conv"), "gan.start": 2},
+    }
+    config.update_from_flattened_dict(values)
+    with pytest.raises(ValueError, match=r"gan\.start=2: adapters are trained without a discriminator"):
+        train.Setup(config)
+    config.gan.weight = 0.0
+    train.fit(config, tmp_path)
+    arrays, _, meta = state_of(tmp_path, 2)
+    assert {path.rsplit("/", 1)[-1] for path in arrays if path.startswith("params/")} == {"a", "b"}
+    assert set(meta["lora"]["base"]) == {"vae"}
+    vae, params = jdiff.load(tmp_path)
+    _, before = jdiff.load(base / "vae")
+    decode = lambda p: np.asarray(vae.apply({"params": p}, np.ones((1, 8, 8, 4), np.float32), method="decode"))  # noqa: E731
+    assert 0 < np.abs(decode(params) - decode(before)).max() < 0.5
+
+
+def test_a_classifier_has_no_adapters(base):
+    config = configs.default("classifier")
+    config.update_from_flattened_dict({"lora.rank": 2, "batch_size": 8, "data.image_size": 16})
+    with pytest.raises(ValueError, match=r"adapters of task='classifier' cannot be trained"):
         train.Setup(config)

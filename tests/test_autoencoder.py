@@ -18,6 +18,7 @@ from jdiff.evaluate.reconstruction import psnr, ssim
 from jdiff.models import lpips
 from jdiff.models.discriminator import PatchDiscriminator
 from jdiff.models.vae import Posterior
+from jdiff.tasks import mean_gradient
 from jdiff.tasks.autoencoder import autoencoder_gradient
 
 GAN = {"start": 10, "weight": 0.5}
@@ -344,6 +345,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, commands, image_folder
     found = outcome(tmp_path / "run")
     for name, value in whole[1].items():
         assert found[name] == value, f"{name} differs"
+
+
+def test_the_loss_of_adapters_is_the_generators_before_its_adversary(image_folder):
+    setup = tiny_setup(image_folder)
+    full = setup.task.init(jax.random.key(0), {})
+    batch = {"image": jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))}
+    keys = jax.random.split(jax.random.key(1), 8)
+    grads, found = jax.jit(setup.task.gradient)(full, jax.tree.map(lambda _: None, full), batch, keys, jnp.int32(0))
+    plain, losses = jax.jit(mean_gradient(setup.task.loss))(full, jax.tree.map(lambda _: None, full), batch, keys, 0)
+    np.testing.assert_allclose(losses["loss"], found["loss"], rtol=1e-5)
+    for path, leaf in tree.flatten(plain["vae"]).items():
+        other = np.asarray(tree.flatten(grads["vae"])[path])
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5 * np.abs(other).max(), err_msg=path)
 
 
 def test_load_gives_the_autoencoder_and_its_scale(whole, image_folder):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -40,22 +39,8 @@ VAE = {
     **{"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4},
     **{"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},
 }
+pytestmark = pytest.mark.usefixtures("compiled")
 TEXT = {"vocab_size": 530, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Programs compiled once are kept, for the runs that are the same again."""
-    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla"))}
-    options |= {"jax_persistent_cache_min_compile_time_secs": 0.1, "jax_persistent_cache_min_entry_size_bytes": 0}
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def captions(count):

@@ -112,6 +112,10 @@ def from_run(options: argparse.Namespace) -> tuple[Iterator[np.ndarray], str, in
     pipe = jdiff.pipeline(options.samples, weights=options.weights, step=options.step)
     if not isinstance(pipe, ClassPipeline):
         raise ValueError(f"{options.samples} takes prompts: make pictures with tools/sample.py --npz, and score those")
+    if pipe.model.channels != 3:
+        raise ValueError(
+            f"{options.samples} makes latents, which no network scores: decode them, and score the pictures"
+        )
     count = options.num or 1000
     labels = [i % pipe.model.num_classes for i in range(count)]
     settings = {"steps": options.steps, "guidance_scale": options.guidance, "seed": options.seed}

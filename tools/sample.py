@@ -143,7 +143,6 @@ def from_labels(pipe: Any, options: argparse.Namespace) -> tuple[np.ndarray, lis
     )
     count = options.num or (len(chosen) if options.labels is not None else min(classes, 16))
     labels = [chosen[i % len(chosen)] for i in range(count)]
-    batch = min(options.batch_size or 64, count)
     settings = {
         "steps": options.steps,
         "guidance_scale": 4.0 if options.guidance is None else options.guidance,
@@ -155,10 +154,7 @@ def from_labels(pipe: Any, options: argparse.Namespace) -> tuple[np.ndarray, lis
     }
     pictures = []
     with tqdm(total=count, unit="image", disable=jax.process_index() != 0) as bar:
-        for first in range(0, count, batch):
-            # the last batch is filled up to the others' size, so that it does not compile anew
-            rows = [labels[min(first + i, count - 1)] for i in range(batch)]
-            made = pipe.pictures(pipe(rows, first_index=first, **settings))[: count - first]
+        for made in pipe.many(labels, options.batch_size or 64, **settings):
             pictures.append(made)
             bar.update(len(made))
     return np.concatenate(pictures), [{"labels": labels[i], "index": i, **settings} for i in range(count)], "labels"

@@ -93,7 +93,7 @@ def plan(module: Any, naming: Naming) -> list[Entry]:
 
     ConversionError when the family has no such format, or the format no place for a leaf.
     """
-    tables = TABLES[type(module).__name__]
+    tables = TABLES.get(type(module).__name__, {})
     if naming.table not in tables:
         raise ConversionError(f"a {type(module).__name__} cannot be stored as {naming.table}; it can as {list(tables)}")
     found = entries(module, tables[naming.table], tree.flatten(shapes(module)))

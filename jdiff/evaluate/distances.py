@@ -16,14 +16,13 @@ BLOCK = 1024
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mean - mean|² + tr(A + B - 2 (A B)^½), squared 2-Wasserstein between normal laws (FID's, arXiv:1706.08500).
 
-    The root's trace is that of the symmetric (A^½ B A^½)^½, which needs no complex numbers that one would cut off.
+    The root's trace is that of the symmetric (A^½ B A^½)^½, which needs no complex numbers that one would cut off. A^½ is kept
+    with `a`, for comparisons with many.
     ValueError for features of different lengths.
     """
     if a.mean_D.shape != b.mean_D.shape:
         raise ValueError(f"features of {len(a.mean_D)} and of {len(b.mean_D)} numbers cannot be compared")
-    values_D, vectors_DD = np.linalg.eigh(a.covariance_DD)
-    root_DD = (vectors_DD * np.sqrt(np.maximum(values_D, 0))) @ vectors_DD.T
-    product_D = np.linalg.eigvalsh(root_DD @ b.covariance_DD @ root_DD)
+    product_D = np.linalg.eigvalsh(a.root_DD @ b.covariance_DD @ a.root_DD)
     trace = np.trace(a.covariance_DD) + np.trace(b.covariance_DD) - 2 * np.sqrt(np.maximum(product_D, 0)).sum()
     return float(((a.mean_D - b.mean_D) ** 2).sum() + trace)
 

@@ -1,6 +1,7 @@
 """Mean and covariance of features, gathered batch by batch in float64: what the Fréchet distance compares."""
 
 import dataclasses
+from functools import cached_property
 
 import numpy as np
 
@@ -32,6 +33,12 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"a covariance takes two features or more, found {self.count}")
         return self.scatter_DD / (self.count - 1)
+
+    @cached_property
+    def root_DD(self) -> np.ndarray:
+        """The covariance's symmetric root."""
+        values_D, vectors_DD = np.linalg.eigh(self.covariance_DD)
+        return (vectors_DD * np.sqrt(np.maximum(values_D, 0))) @ vectors_DD.T
 
     def __add__(self, other: "Moments") -> "Moments":
         """Those of both sets together (Chan et al., 1979), whatever the order and the sizes."""

@@ -39,7 +39,7 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A value, and the 95 % interval that resampling the pictures gives it; nan where it was not resampled."""
+    """A value, and its 95 % interval, nan where it was not resampled."""
 
     value: float
     low: float
@@ -56,19 +56,33 @@ def scores(
 ) -> dict[str, Score]:
     """Each metric of `METRICS` that is asked for. reference: not needed for `is` alone.
 
-    The interval is the value ± 1.96 deviations over `resamples` bootstrap sets of the samples' rows (the reference stays as it
-    is); 0 leaves it out. ValueError for an unknown metric, or one that the reference or the network has nothing for.
+    The interval is 1.96 deviations to either side: over `resamples` bootstrap sets of the samples' rows (none for 0), the
+    reference staying as it is; precision and recall have a share's own.
+
+    ValueError for an unknown metric, or one that the reference or the network has nothing for.
     """
     found = {}
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"metric {metric!r} is unknown{nearest(metric, METRICS)}; there are {', '.join(METRICS)}")
         measure = _measure(metric, samples, reference)
-        value, rng = measure(samples), np.random.default_rng(seed)
-        again = [measure(samples.rows(rng.integers(len(samples), size=len(samples)))) for _ in range(resamples)]
-        spread = 1.96 * float(np.std(again, ddof=1)) if resamples > 1 else float("nan")
-        found[metric] = Score(value, value - spread, value + spread)
+        value = measure(samples)
+        if metric in ("precision", "recall"):
+            count = len(samples) if metric == "precision" else reference.pool.count if reference else 0
+            deviation = (value * (1 - value) / count) ** 0.5
+        else:
+            deviation = _resampled(measure, samples, resamples, seed)
+        found[metric] = Score(value, value - 1.96 * deviation, value + 1.96 * deviation)
     return found
+
+
+def _resampled(measure: Callable[[Features], float], samples: Features, resamples: int, seed: int) -> float:
+    """The deviation of a measure over bootstrap sets; nan for fewer than two."""
+    if resamples < 2:
+        return float("nan")
+    rng = np.random.default_rng(seed)
+    sets = (rng.integers(len(samples), size=len(samples)) for _ in range(resamples))
+    return float(np.std([measure(samples.rows(rows)) for rows in sets], ddof=1))
 
 
 def _measure(metric: str, samples: Features, reference: Reference | None) -> Callable[[Features], float]:
@@ -77,12 +91,12 @@ def _measure(metric: str, samples: Features, reference: Reference | None) -> Cal
     if reference is None:
         raise ValueError(f"{metric} compares with a reference: give one")
     if metric == "fid":
-        return lambda z: frechet_distance(Moments.of(z.pool_ND), reference.pool)
+        return lambda z: frechet_distance(reference.pool, Moments.of(z.pool_ND))
     if metric == "sfid":
         spatial = reference.spatial
         if samples.spatial_ND is None or spatial is None:
             raise ValueError(f"sfid needs maps of features, which {reference.title} or the network does not have")
-        return lambda z: frechet_distance(Moments.of(np.asarray(z.spatial_ND)), spatial)
+        return lambda z: frechet_distance(spatial, Moments.of(np.asarray(z.spatial_ND)))
     if reference.features is None:
         raise ValueError(f"{metric} needs the reference's pictures, and {reference.title} holds moments alone")
     pool_MD = reference.features.pool_ND

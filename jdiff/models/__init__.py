@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jdiff.tree import nearest
 
-CLASSES = {"DiT": "dit", "UNet": "unet", "AutoencoderKL": "vae", "CLIPText": "clip"}
+CLASSES = {"DiT": "dit", "UNet": "unet", "AutoencoderKL": "vae", "CLIPText": "clip", "Classifier": "classifier"}
 """Every model's class and its file."""
 
 

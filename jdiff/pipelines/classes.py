@@ -1,6 +1,6 @@
 """From labels to pictures. One denoising loop serves every caller: the training loop's grids, the tools, a user's script."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -96,6 +96,14 @@ class ClassPipeline(WithLoras):
             steps=steps,
         )
         return gather(x_BHWC)[: len(labels)]
+
+    def many(self, labels: Sequence[int], batch_size: int, **settings: Any) -> Iterator[np.ndarray]:
+        """Pictures of all labels, uint8 (batch_size or fewer, H', W', 3) at a time. settings: as of a call."""
+        count = len(labels)
+        for first in range(0, count, batch_size):
+            # the last batch is filled up to the others' size, so that it does not compile anew
+            rows = [labels[min(first + i, count - 1)] for i in range(min(batch_size, count))]
+            yield self.pictures(self(rows, first_index=first, **settings))[: count - first]
 
     def pictures(self, samples_BHWC: np.ndarray) -> np.ndarray:
         """Samples -> uint8 RGB (B, H', W', 3)."""

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -18,6 +20,11 @@ def to_uint8(x_BHWC: np.ndarray) -> np.ndarray:
             f"picture(s) {bad} hold NaN or infinity: the weights are not sound, or precision is too low"
         )
     return np.clip(np.round((np.asarray(x_BHWC, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def from_uint8(image_BHWC: jax.Array) -> jax.Array:
+    """0..255 -> [-1, 1], in fp32 (or the type of floats)."""
+    return image_BHWC.astype(jnp.promote_types(image_BHWC.dtype, jnp.float32)) / 127.5 - 1.0
 
 
 def grid(pictures_BHWC: np.ndarray, columns: int | None = None, least: int = 64, gap: int = 2) -> Image.Image:

@@ -7,8 +7,8 @@ to no optimizer.
 """
 
 import logging
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,55 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from jdiff import convert, data, models, sharding, tree
+from jdiff import convert, models, sharding, tree
 from jdiff.evaluate.reconstruction import psnr, ssim
 from jdiff.loading import DTYPES, open_checkpoint
 from jdiff.models import lpips
 from jdiff.models.discriminator import PatchDiscriminator
-from jdiff.pipelines import gather, grid, to_uint8
+from jdiff.pipelines import from_uint8, gather, grid, to_uint8
 from jdiff.pipelines.rows import spread
 from jdiff.tasks import NOTHING, Batch, GradientFn, Losses, open_source, use_given
 from jdiff.tasks import autoencoder_loss as losses
+from jdiff.tasks.heldout import heldout_records
 from jdiff.tasks.parts import Part, part_of, refuse_sizes
 
 log = logging.getLogger(__name__)
 DUMMY = (1, 32, 32, 3)
+
+
+def reconstructor(vae: Any, x_BHWC: jax.Array, keys_B: jax.Array) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
+    """The autoencoder's parameters -> (reconstructions, KL divergences (B,)) of pictures in [-1, 1], a latent drawn by each key."""
+
+    def reconstruct(params: Any) -> tuple[jax.Array, jax.Array]:
+        posterior = vae.apply({"params": params}, x_BHWC, method="encode")
+        y_BHWC = vae.apply({"params": params}, posterior.sample(keys_B), method="decode")
+        return y_BHWC.astype(x_BHWC.dtype), posterior.kl().astype(x_BHWC.dtype)
+
+    return reconstruct
+
+
+def make_nll(
+    distance: Any, lpips_weight: float, edge_weight: float
+) -> Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Losses]]:
+    """(full tree, pictures, reconstructions, logvar) -> (mean negative log-likelihood, it and its parts of each picture).
+
+    distance: an LPIPS module, or None.
+    """
+
+    def nll(full: Any, x_BHWC: jax.Array, y_BHWC: jax.Array, logvar: jax.Array) -> tuple[jax.Array, Losses]:
+        l1_B, perceptual_B = jnp.abs(x_BHWC - y_BHWC).sum((1, 2, 3)), jnp.zeros(len(x_BHWC), x_BHWC.dtype)
+        values = x_BHWC[0].size
+        parts = {"l1": l1_B / values}
+        if distance is not None:
+            parts["lpips"] = distance.apply({"params": full["lpips"]}, x_BHWC, y_BHWC)
+            perceptual_B += lpips_weight * parts["lpips"]
+        if edge_weight:
+            parts["edge"] = losses.edge_distance(x_BHWC, y_BHWC)
+            perceptual_B += edge_weight * parts["edge"]
+        nll_B = losses.reconstruction_nll(l1_B, perceptual_B, logvar, values)
+        return nll_B.mean(), {"nll": nll_B, **parts}
+
+    return nll
 
 
 def autoencoder_gradient(
@@ -47,35 +83,14 @@ def autoencoder_gradient(
 
     distance: an LPIPS module, or None. gan: `start`, the first step with a discriminator, and `weight`.
     """
-
-    def nll_of(full: Any, x_BHWC: jax.Array) -> Any:
-        def nll(y_BHWC: jax.Array, logvar: jax.Array) -> tuple[jax.Array, Losses]:
-            l1_B, perceptual_B = jnp.abs(x_BHWC - y_BHWC).sum((1, 2, 3)), jnp.zeros(len(x_BHWC), x_BHWC.dtype)
-            values = x_BHWC[0].size
-            parts = {"l1": l1_B / values}
-            if distance is not None:
-                parts["lpips"] = distance.apply({"params": full["lpips"]}, x_BHWC, y_BHWC)
-                perceptual_B += lpips_weight * parts["lpips"]
-            if edge_weight:
-                parts["edge"] = losses.edge_distance(x_BHWC, y_BHWC)
-                perceptual_B += edge_weight * parts["edge"]
-            nll_B = losses.reconstruction_nll(l1_B, perceptual_B, logvar, values)
-            return nll_B.mean(), {"nll": nll_B, **parts}
-
-        return nll
+    nll_of = make_nll(distance, lpips_weight, edge_weight)
 
     def gradient(params: Any, frozen: Any, batch: Batch, keys_B: jax.Array, step: jax.Array) -> tuple[Any, Losses]:
         full = tree.merge(params, frozen)
-        x_BHWC = as_pictures(batch["image"])
+        x_BHWC = from_uint8(batch["image"])
         B = len(x_BHWC)
-
-        def reconstruct(vae_params: Any) -> tuple[jax.Array, jax.Array]:
-            posterior = vae.apply({"params": vae_params}, x_BHWC, method="encode")
-            y_BHWC = vae.apply({"params": vae_params}, posterior.sample(keys_B), method="decode")
-            return y_BHWC.astype(x_BHWC.dtype), posterior.kl().astype(x_BHWC.dtype)
-
-        (y_BHWC, kl_B), pull = jax.vjp(reconstruct, params["vae"])
-        nll = jax.value_and_grad(nll_of(full, x_BHWC), argnums=(0, 1), has_aux=True)
+        (y_BHWC, kl_B), pull = jax.vjp(reconstructor(vae, x_BHWC, keys_B), params["vae"])
+        nll = jax.value_and_grad(partial(nll_of, full, x_BHWC), argnums=(0, 1), has_aux=True)
         (_, parts), (to_y_BHWC, logvar_gradient) = nll(y_BHWC, params["logvar"])
         # only one leaf of these two is used: the compiler drops the rest of either backward pass
         last = lambda to_y: pull((to_y, jnp.zeros_like(kl_B)))[0]["decoder"]["conv_out"]["kernel"]  # noqa: E731
@@ -98,18 +113,13 @@ def autoencoder_gradient(
     return gradient
 
 
-def as_pictures(image_BHWC: jax.Array) -> jax.Array:
-    """0..255 -> [-1, 1], in fp32 (or the type of floats)."""
-    return image_BHWC.astype(jnp.promote_types(image_BHWC.dtype, jnp.float32)) / 127.5 - 1.0
-
-
 class Autoencoder:
     """See `jdiff.tasks.Task`."""
 
     transform = None
     frozen = r"lpips/.*"
     base = NOTHING
-    adaptable = ()
+    adaptable = ("vae",)
 
     def __init__(self, config: Any, mesh: Mesh, workdir: Path | None = None):
         self.config, self.mesh = config, mesh
@@ -132,15 +142,22 @@ class Autoencoder:
         self.distance = lpips.LPIPS(dtype) if config.lpips.path else None
         if self.distance is None and config.lpips.weight and not config.loss.edge_weight:
             log.warning("lpips.path is not set: this run has no perceptual loss")
+        if config.lora.rank and config.gan.weight and config.gan.start <= config.total_steps:
+            raise ValueError(
+                f"gan.start={config.gan.start}: adapters are trained without a discriminator; set gan.weight=0"
+            )
+        weights = {"lpips_weight": config.lpips.weight, "edge_weight": config.loss.edge_weight}
+        self.nll = make_nll(self.distance, **weights)
         self.gradient = autoencoder_gradient(
-            self.vae,
-            self.disc,
-            self.distance,
-            kl_weight=config.loss.kl_weight,
-            lpips_weight=config.lpips.weight,
-            edge_weight=config.loss.edge_weight,
-            gan=config.gan,
+            self.vae, self.disc, self.distance, kl_weight=config.loss.kl_weight, **weights, gan=config.gan
         )
+
+    def loss(self, full: Any, batch: Batch, keys_B: jax.Array) -> Losses:
+        """What adapters are trained by: the generator's loss without a discriminator."""
+        x_BHWC = from_uint8(batch["image"])
+        y_BHWC, kl_B = reconstructor(self.vae, x_BHWC, keys_B)(full["vae"])
+        _, parts = self.nll(full, x_BHWC, y_BHWC, full["logvar"])
+        return {"loss": parts["nll"] + self.config.loss.kl_weight * kl_B, **parts, "kl": kl_B}
 
     def given(self) -> Any:
         """The autoencoder of init_from, and LPIPS' weights, where lpips.path is set: a safetensors file, or a folder of them."""
@@ -168,29 +185,13 @@ class Autoencoder:
 
     @cached_property
     def heldout(self) -> np.ndarray:
-        """heldout.count pictures spread evenly over those set apart: uint8 (N, H, W, 3)."""
-        settings, source = self.config.data, self.source
-        if settings.name == "openmoji" and settings.split == "train":
-            source = data.open_source("openmoji", image_size=settings.image_size, split="heldout")
-        elif self.config.heldout.path:
-            source = data.open_source(settings.name, path=self.config.heldout.path, image_size=settings.image_size)
-        else:
-            log.warning("psnr and ssim are of pictures that are trained on: set heldout.path to others")
-        count, rng = min(self.config.heldout.count, len(source)), np.random.default_rng(0)
-        found = []
-        for index in np.linspace(0, len(source) - 1, count).astype(int):
-            try:
-                found.append(source.read(int(index), False, rng)["image"])
-            except data.BrokenRecord as error:
-                log.warning("held-out picture skipped: %s: %s", error.where, error.reason)
-        if not found:
-            raise data.DataError("none of the held-out pictures can be read")
-        return np.stack(found)
+        """Pictures set apart: uint8 (N, H, W, 3)."""
+        return heldout_records(self.config, self.source)["image"]
 
     @cached_property
     def _measure(self) -> Any:
         def measure(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
-            x_BHWC = as_pictures(image_BHWC)
+            x_BHWC = from_uint8(image_BHWC)
             posterior = self.vae.apply({"params": params}, x_BHWC, method="encode")
             y_BHWC = self.vae.apply({"params": params}, posterior.mode(), method="decode").astype(jnp.float32)
             pair = ((x_BHWC + 1) / 2, (jnp.clip(y_BHWC, -1, 1) + 1) / 2)

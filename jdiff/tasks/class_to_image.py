@@ -12,7 +12,7 @@ from PIL import Image
 from jdiff import models, tree
 from jdiff.diffusion.process import Process, make_process
 from jdiff.loading import DTYPES, open_checkpoint
-from jdiff.pipelines import ClassPipeline, grid
+from jdiff.pipelines import ClassPipeline, from_uint8, grid
 from jdiff.tasks import NOTHING, Losses, LossFn, mean_gradient, open_source, use_given
 from jdiff.tasks.parts import part_of
 
@@ -21,7 +21,7 @@ def class_loss(model: Any, process: Process) -> LossFn:
     """The loss of a class-conditional model on batches of `image` (uint8) or `latent`, and `label`; the tree is {"dit": …}."""
 
     def loss(params: Any, batch: Mapping[str, jax.Array], keys_B: jax.Array) -> Losses:
-        x_0_BHWC = batch["latent"] if "latent" in batch else batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        x_0_BHWC = batch["latent"] if "latent" in batch else from_uint8(batch["image"])
         keys_B2 = jax.vmap(jax.random.split)(keys_B)
         y_B = batch["label"]
         if model.null_label is not None:
