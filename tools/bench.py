@@ -2,7 +2,7 @@
 
     python tools/bench.py dit [--batch 8] [--rounds 9] [--only train] [--memory] [--json FILE]
     python tools/bench.py sd [--batch 2] [--rounds 5] [--only unet,vae] [--memory]
-    python tools/bench.py lora [--batch 1] [--rounds 5] [--only step,full] [--memory]
+    python tools/bench.py lora [--batch 2] [--rounds 5] [--only full,step] [--memory]
     python tools/bench.py data [--source imagefolder --path FOLDER] [--batch 64] [--step-ms 100]
 
 Each case makes both sides from one set of random weights, asserts that they compute the same, warms both up, and then runs
@@ -78,7 +78,7 @@ CASES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
-    parser.add_argument("--batch", type=int, help="rows (default: 2 for sd, 1 for lora, else 8)")
+    parser.add_argument("--batch", type=int, help="rows (default: 2 for sd and lora, else 8)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="append the lines to this file")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each side in its own process")
@@ -92,9 +92,9 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=100.0)
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.batch = args.batch or {"sd": 2, "lora": 1}.get(args.case, 8)
+    args.batch = args.batch or {"sd": 2, "lora": 2}.get(args.case, 8)
     # as launch.py and tools/sample.py do on a CPU
-    runtime.prepare(runtime.cpu_devices(args.batch, least=1 if args.case == "sd" else runtime.LEAST_ROWS))
+    runtime.prepare(runtime.cpu_devices(args.batch, least=1 if args.case in ("sd", "lora") else runtime.LEAST_ROWS))
     rows = []
     lines = [machine()] if not args.side else []
     for line in lines:

@@ -1,4 +1,4 @@
-"""A LoRA step of Stable Diffusion 1.5's UNet, rank 8 on its attention: beside peft's, and beside the full step."""
+"""A LoRA step of Stable Diffusion 1.5's UNet, rank 8 on its attention: beside the full step, and beside peft's."""
 
 import argparse
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import Busy, Row, alone, alternate, close, timed
-from jdiff import convert, diffusion, lora, models, optim, train
+from jdiff import convert, diffusion, lora, models, optim, sharding, train
 from jdiff.convert.unet import dotted
 from jdiff.tasks import mean_gradient
 
@@ -22,20 +22,23 @@ LORA, NOTHING = r"(?!lora/).*|.*/scale", r"(?!)"
 
 
 def lora_steps(args: argparse.Namespace) -> Iterator[Row]:
-    """One row for the LoRA step beside peft's, one for the full step and what LoRA spares of it."""
-    cases = {"step": _beside_peft, "full": _beside_full}
+    """One row for the full step and what LoRA spares of it, on one device; one for the LoRA step beside peft's, on all.
+
+    The full step first: it needs nearly all of a small machine's memory, in one piece.
+    """
+    cases = {"full": _beside_full, "step": _beside_peft}
     for name in args.only.split(",") if args.only else cases:
         yield cases[name](args)
 
 
 def _beside_peft(args: argparse.Namespace) -> Row:
     module, base, adapters = _weights()
-    data, schedule = _data(args.batch), diffusion.make_schedule("scaled_linear")
+    data = _data(args.batch)
     row: Row = {"case": f"lora step r{RANK} b{args.batch}"}
-    theirs, error = _peft(args, module, base, adapters, data, schedule) if args.side != "jdiff" else (None, 0.0)
+    theirs, error = _peft(args, module, base, adapters, data) if args.side != "jdiff" else (None, 0.0)
     if args.side == "torch":
         return row | alone(theirs)
-    ours, _ = _step(module, schedule, data, {"lora": adapters, "unet": base}, LORA)
+    ours, _ = _step(sharding.make_mesh(), module, data, {"lora": adapters, "unet": base}, LORA)
     if args.side == "jdiff":
         return row | alone(ours)
     return row | {"error": error} | alternate({"jdiff": ours, "torch": theirs}, args.rounds)
@@ -43,11 +46,12 @@ def _beside_peft(args: argparse.Namespace) -> Row:
 
 def _beside_full(args: argparse.Namespace) -> Row:
     """One after the other, since both do not fit the memory of a small machine."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     rounds, times, held, busy = max(args.rounds // 2, 3), {}, {}, Busy()
     for name in ("lora", "full"):
         module, base, adapters = _weights()
         full, frozen = ({"lora": adapters, "unet": base}, LORA) if name == "lora" else ({"unet": base}, NOTHING)
-        step, held[name] = _step(module, diffusion.make_schedule("scaled_linear"), _data(args.batch), full, frozen)
+        step, held[name] = _step(mesh, module, _data(args.batch), full, frozen)
         del full, base
         times[name] = timed(step, rounds)
         del step
@@ -62,9 +66,16 @@ def _beside_full(args: argparse.Namespace) -> Row:
 
 
 def _weights() -> tuple[Any, Any, Any]:
-    """The UNet, its weights, and adapters of it."""
+    """The UNet, random weights, none of which is zero, and adapters of it."""
     module = models.create("sd15/unet")
-    base = jax.jit(lambda: module.init(jax.random.key(0), *module.dummy_inputs())["params"])()
+
+    def random(key: jax.Array) -> Any:
+        leaves, structure = jax.tree.flatten(module.init(key, *module.dummy_inputs())["params"])
+        keys = jax.random.split(key, len(leaves))
+        moved = [x + 0.01 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(structure, moved)
+
+    base = jax.jit(random)(jax.random.key(0))
     return module, base, lora.init(jax.random.key(1), {"unet": base}, [lora.Rule("attn", RANK)])
 
 
@@ -78,19 +89,20 @@ def _data(batch: int) -> dict[str, np.ndarray]:
     }
 
 
-def _loss(module: Any, schedule: Any, full: Any, batch: Any, keys_B: Any) -> dict[str, jax.Array]:
+def _loss(module: Any, full: Any, batch: Any, keys_B: Any) -> dict[str, jax.Array]:
     params = lora.attach({"unet": full["unet"]}, full["lora"]) if "lora" in full else full
     model_fn = lambda x, t: module.apply({"params": params["unet"]}, x, t, batch["context"])  # noqa: E731
-    return diffusion.gaussian_loss(model_fn, schedule, batch["x_0"], batch["t"], batch["noise"])
+    schedule = diffusion.make_schedule("scaled_linear")
+    return diffusion.gaussian_loss(model_fn, schedule, batch["x_0"], batch["t"], batch["noise"], variance="fixed_small")
 
 
-def _step(module: Any, schedule: Any, data: Any, full: Any, frozen: str) -> tuple[Callable[[], None], int]:
+def _step(mesh: Any, module: Any, data: Any, full: Any, frozen: str) -> tuple[Callable[[], None], int]:
     """(a call of a training step as the trainer does it, bytes of its gradients and optimizer). Takes `full`'s arrays."""
     tx = optim.make_optimizer(optim.make_schedule("constant", 1e-4, 0, 1))
-    gradient = mean_gradient(functools.partial(_loss, module, schedule))
+    gradient = mean_gradient(functools.partial(_loss, module))
     run = functools.partial(train.train_step, gradient=gradient, tx=tx, ema=optim.Ema(0.999), seed=0)
-    step, batch = jax.jit(run, donate_argnums=0), jax.tree.map(jnp.asarray, data)
-    state = [train.make_state(full, tx, frozen)]
+    step, batch = jax.jit(run, donate_argnums=0), sharding.put_batch(mesh, data)
+    state = [jax.device_put(train.make_state(full, tx, frozen), sharding.replicated(mesh))]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((state[0].params, state[0].opt_state)))
 
     def call() -> None:
@@ -101,7 +113,7 @@ def _step(module: Any, schedule: Any, data: Any, full: Any, frozen: str) -> tupl
 
 
 def _peft(
-    args: argparse.Namespace, module: Any, base: Any, adapters: Any, data: Any, schedule: Any
+    args: argparse.Namespace, module: Any, base: Any, adapters: Any, data: Any
 ) -> tuple[Callable[[], Any], float]:
     """(peft's step on the same weights, the largest relative difference of loss and gradients)."""
     import torch
@@ -124,6 +136,7 @@ def _peft(
         torch.tensor(data["t"]).long(),
         torch.tensor(data["context"]),
     )
+    schedule = diffusion.make_schedule("scaled_linear")
     abar = torch.tensor(np.asarray(schedule.alphas_cumprod, np.float32))[t].reshape(-1, 1, 1, 1)
     x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * noise
     optimizer = torch.optim.AdamW(by_module.values(), lr=1e-4, weight_decay=0.0)
@@ -134,12 +147,12 @@ def _peft(
         loss.backward()
         return loss
 
-    def total(trained: Any) -> jax.Array:
+    def total(trained: Any, base: Any) -> jax.Array:
         full, batch = {"unet": base, "lora": trained}, jax.tree.map(jnp.asarray, data)
-        return _loss(module, schedule, full, batch, None)["loss"].mean()
+        return _loss(module, full, batch, None)["loss"].mean()
 
     if not args.side:
-        loss, grads = jax.jit(jax.value_and_grad(total))(adapters)
+        loss, grads = jax.jit(jax.value_and_grad(total))(adapters, base)
         error = close("loss", loss, backward().detach(), 1e-4)
         found = _by_module(grads)
         for name, parameter in by_module.items():
