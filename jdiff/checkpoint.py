@@ -19,6 +19,7 @@ import logging
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ class Damaged(CheckpointError):
     """A checkpoint whose content is not what was saved."""
 
 
+@cache
 def _orbax() -> Any:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates each save through absl
     ocp = importlib.import_module("orbax.checkpoint")

@@ -67,7 +67,7 @@ def test_worse_pictures_score_worse(classifier):
     """Noise, a little of it and more, by the network trained just now."""
     network = open_network(classifier)
     pictures = np.concatenate(list(batches(open_pictures("openmoji", 16), 400)))
-    reference = Reference.of("openmoji", network.title, network.features([pictures[::2]]))
+    reference = Reference.of("openmoji", network.features([pictures[::2]]))
     rng, found = np.random.default_rng(0), []
     for amount in (0, 20, 60, 120):
         noisy = pictures[1::2] + rng.normal(size=(200, 16, 16, 3)) * amount
@@ -117,7 +117,7 @@ def test_a_mistake_is_one_line(tmp_path, classifier):
     cases = (
         (r"metric 'fdi' is unknown \(did you mean 'fid'", lambda: scores(features, None, ("fdi",))),
         (r"fid compares with a reference", lambda: scores(features, None, ("fid",))),
-        (r"sfid needs maps", lambda: scores(features, Reference.of("a", "pixels", features), ("sfid",))),
+        (r"sfid needs maps", lambda: scores(features, Reference.of("a", features), ("sfid",))),
         (r"there are no pictures", lambda: NETWORK.features([])),
         (r"arr_0 is uint8\[8, 8, 3\], not", lambda: open_pictures(str(tmp_path / "x.npz"), 0)),
         (r"holds \['other'\], and pictures are in arr_0", lambda: open_pictures(str(tmp_path / "y.npz"), 0)),

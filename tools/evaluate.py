@@ -78,7 +78,7 @@ def evaluate(options: argparse.Namespace) -> int:
     samples = network.features(made)
     if options.reference and reference is None:
         found = network.features(batches(open_pictures(options.reference, size), options.num))
-        reference = Reference.of(f"{len(found)} of {options.reference}", network.title, found)
+        reference = Reference.of(f"{len(found)} of {options.reference}", found)
     results = scores(samples, reference, metrics, resamples=options.resamples, seed=options.seed)
     facts: dict[str, Any] = {
         "samples": title,

@@ -111,8 +111,7 @@ def _classifier(module: Any, params: Any) -> Network:
 
 def resized(image_BHWC: jax.Array, size: int, how: str) -> jax.Array:
     """uint8 -> [-1, 1], bilinear, without antialiasing; see `RESIZES`."""
-    x_BHWC = image_BHWC.astype(jnp.float32)
-    x_BHWC = (x_BHWC - 128.0) / 128.0 if how == "tf" else x_BHWC / 127.5 - 1.0
+    x_BHWC = (image_BHWC.astype(jnp.float32) - 128.0) / 128.0 if how == "tf" else from_uint8(image_BHWC)
     rows, columns = (_bilinear(n, size, 0.0 if how == "tf" else 0.5) for n in x_BHWC.shape[1:3])
     return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x_BHWC, precision="highest")
 

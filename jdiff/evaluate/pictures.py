@@ -64,7 +64,7 @@ def moments_of(path: str) -> Reference | None:
             for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s"))
         ]
     assert found[0] is not None
-    return Reference(path, None, found[0], found[1])
+    return Reference(path, found[0], found[1])
 
 
 def _npz(path: str) -> np.lib.npyio.NpzFile:

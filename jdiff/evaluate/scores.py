@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -10,7 +11,8 @@ from jdiff.evaluate.features import Features
 from jdiff.evaluate.moments import Moments
 from jdiff.tree import nearest
 
-METRICS = ("fid", "sfid", "kid", "is", "precision", "recall")
+SHARES = ("precision", "recall")
+METRICS = ("fid", "sfid", "kid", "is", *SHARES)
 RESAMPLES = 20
 SPLIT = 5000
 """Rows that the Inception score is customarily taken of."""
@@ -18,23 +20,22 @@ SPLIT = 5000
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What pictures are held against. network: the title of the one whose features these are; None for a file that does not say.
+    """What pictures are held against, by the features of one network.
 
     pool, spatial: moments of features; features: the features themselves, where they are there, as kid, precision and recall
     take them.
     """
 
     title: str
-    network: str | None
     pool: Moments
     spatial: Moments | None = None
     features: Features | None = None
 
     @classmethod
-    def of(cls, title: str, network: str, features: Features) -> "Reference":
+    def of(cls, title: str, features: Features) -> "Reference":
         """That of pictures' features."""
         spatial = None if features.spatial_ND is None else Moments.of(features.spatial_ND)
-        return cls(title, network, Moments.of(features.pool_ND), spatial, features)
+        return cls(title, Moments.of(features.pool_ND), spatial, features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +63,16 @@ def scores(
     ValueError for an unknown metric, or one that the reference or the network has nothing for.
     """
     found = {}
+    pair = cache(lambda: _precision_recall(samples, reference))
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"metric {metric!r} is unknown{nearest(metric, METRICS)}; there are {', '.join(METRICS)}")
-        measure = _measure(metric, samples, reference)
-        value = measure(samples)
-        if metric in ("precision", "recall"):
-            count = len(samples) if metric == "precision" else reference.pool.count if reference else 0
+        if metric in SHARES:
+            value, count = pair()[SHARES.index(metric)]
             deviation = (value * (1 - value) / count) ** 0.5
         else:
-            deviation = _resampled(measure, samples, resamples, seed)
+            measure = _measure(metric, samples, reference)
+            value, deviation = measure(samples), _resampled(measure, samples, resamples, seed)
         found[metric] = Score(value, value - 1.96 * deviation, value + 1.96 * deviation)
     return found
 
@@ -88,8 +89,7 @@ def _resampled(measure: Callable[[Features], float], samples: Features, resample
 def _measure(metric: str, samples: Features, reference: Reference | None) -> Callable[[Features], float]:
     if metric == "is":
         return lambda z: inception_score(z.logits_NK, max(1, len(z) // SPLIT))[0]
-    if reference is None:
-        raise ValueError(f"{metric} compares with a reference: give one")
+    reference = _given(metric, reference)
     if metric == "fid":
         return lambda z: frechet_distance(reference.pool, Moments.of(z.pool_ND))
     if metric == "sfid":
@@ -97,10 +97,24 @@ def _measure(metric: str, samples: Features, reference: Reference | None) -> Cal
         if samples.spatial_ND is None or spatial is None:
             raise ValueError(f"sfid needs maps of features, which {reference.title} or the network does not have")
         return lambda z: frechet_distance(spatial, Moments.of(np.asarray(z.spatial_ND)))
+    pool_MD = _features(metric, reference)
+    return lambda z: kernel_distance(z.pool_ND, pool_MD)
+
+
+def _precision_recall(samples: Features, reference: Reference | None) -> list[tuple[float, int]]:
+    """Both shares, each with how many pictures it is a share of."""
+    pool_MD = _features("precision", reference)
+    return list(zip(precision_recall(samples.pool_ND, pool_MD), (len(samples), len(pool_MD)), strict=True))
+
+
+def _features(metric: str, reference: Reference | None) -> np.ndarray:
+    reference = _given(metric, reference)
     if reference.features is None:
         raise ValueError(f"{metric} needs the reference's pictures, and {reference.title} holds moments alone")
-    pool_MD = reference.features.pool_ND
-    if metric == "kid":
-        return lambda z: kernel_distance(z.pool_ND, pool_MD)
-    part = ("precision", "recall").index(metric)
-    return lambda z: precision_recall(z.pool_ND, pool_MD)[part]
+    return reference.features.pool_ND
+
+
+def _given(metric: str, reference: Reference | None) -> Reference:
+    if reference is None:
+        raise ValueError(f"{metric} compares with a reference: give one")
+    return reference

@@ -64,13 +64,14 @@ class Classifier:
 
     @cached_property
     def _apply(self) -> Any:
-        return jax.jit(lambda params, image: self.model.apply({"params": params}, from_uint8(image))[0])
+        told = lambda params, image: self.model.apply({"params": params}, from_uint8(image))[0]  # noqa: E731
+        return jax.jit(told, out_shardings=sharding.batch_sharding(self.mesh))
 
     def _told(self, full: Any) -> np.ndarray:
         """The classes that the held-out pictures are taken for."""
         images = self.heldout["image"]
         logits = self._apply(full["classifier"], spread(self.mesh, {"image": images})["image"])
-        return gather(jax.device_put(logits, sharding.replicated(self.mesh)))[: len(images)].argmax(-1)
+        return gather(logits)[: len(images)].argmax(-1)
 
     def measure(self, full: Any) -> dict[str, float]:
         """The share of held-out pictures that is told right."""

@@ -12,13 +12,12 @@ import numpy as np
 from benchmarks.timing import Busy, Row, alone, alternate, close, timed
 from jdiff import convert, diffusion, lora, models, optim, sharding, train
 from jdiff.convert.unet import dotted
-from jdiff.tasks import mean_gradient
+from jdiff.tasks import NOTHING, mean_gradient
+from jdiff.tasks.adapters import Adapters
 
 RANK, SIZE = 8, 32
 """Of the adapters; of the latents, 256 x 256 pixels: full training at 512 does not fit a small machine."""
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-LORA, NOTHING = r"(?!lora/).*|.*/scale", r"(?!)"
-"""What is frozen of the tree."""
 
 
 def lora_steps(args: argparse.Namespace) -> Iterator[Row]:
@@ -38,7 +37,7 @@ def _beside_peft(args: argparse.Namespace) -> Row:
     theirs, error = _peft(args, module, base, adapters, data) if args.side != "jdiff" else (None, 0.0)
     if args.side == "torch":
         return row | alone(theirs)
-    ours, _ = _step(sharding.make_mesh(), module, data, {"lora": adapters, "unet": base}, LORA)
+    ours, _ = _step(sharding.make_mesh(), module, data, {"lora": adapters, "unet": base}, Adapters.frozen)
     if args.side == "jdiff":
         return row | alone(ours)
     return row | {"error": error} | alternate({"jdiff": ours, "torch": theirs}, args.rounds)
@@ -50,7 +49,9 @@ def _beside_full(args: argparse.Namespace) -> Row:
     rounds, times, held, busy = max(args.rounds // 2, 3), {}, {}, Busy()
     for name in ("lora", "full"):
         module, base, adapters = _weights()
-        full, frozen = ({"lora": adapters, "unet": base}, LORA) if name == "lora" else ({"unet": base}, NOTHING)
+        full, frozen = (
+            ({"lora": adapters, "unet": base}, Adapters.frozen) if name == "lora" else ({"unet": base}, NOTHING)
+        )
         step, held[name] = _step(mesh, module, _data(args.batch), full, frozen)
         del full, base
         times[name] = timed(step, rounds)
