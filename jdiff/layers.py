@@ -259,19 +259,59 @@ class GroupNorm(nn.Module):
 
 
 def group_norm(x_BHWC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int, eps: float) -> jax.Array:
-    """See `GroupNorm`. Gain and offset of a channel are formed first, so that the picture is read twice and written once."""
+    """See `GroupNorm`. Gain and offset of a channel are formed first, so that the picture is read twice and written once.
+
+    Its gradient is written out: it keeps x alone, and makes its sums over the pixels where they are quick.
+    """
     B, *space, C = x_BHWC.shape
-    wide = jnp.promote_types(x_BHWC.dtype, jnp.float32)
-    x_BPC = x_BHWC.reshape(B, math.prod(space), C)
-    mean_BC = jnp.mean(x_BPC, 1, dtype=wide)
-    mean_BG1 = mean_BC.reshape(B, groups, -1).mean(-1, keepdims=True)
-    mean_BC = jnp.broadcast_to(mean_BG1, (B, groups, C // groups)).reshape(B, C)
+    y_BPC: jax.Array = _group_norm(x_BHWC.reshape(B, math.prod(space), C), scale_C, bias_C, groups, eps)
+    return y_BPC.reshape(x_BHWC.shape)
+
+
+def _group_norm_forward(
+    x_BPC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int, eps: float
+) -> tuple[jax.Array, Any]:
+    wide = jnp.promote_types(x_BPC.dtype, jnp.float32)
+    mean_BC = _group_mean(jnp.mean(x_BPC, 1, dtype=wide), groups)
     centred_BPC = x_BPC.astype(wide) - mean_BC[:, None]
-    var_BC = jnp.mean(centred_BPC * centred_BPC, 1)
-    inverse_BG1 = jax.lax.rsqrt(var_BC.reshape(B, groups, -1).mean(-1, keepdims=True) + eps)
-    gain_BC = jnp.broadcast_to(inverse_BG1, (B, groups, C // groups)).reshape(B, C) * scale_C.astype(wide)
-    y_BPC = centred_BPC * gain_BC[:, None] + bias_C.astype(wide)
-    return y_BPC.astype(x_BHWC.dtype).reshape(x_BHWC.shape)
+    inverse_BC = jax.lax.rsqrt(_group_mean(jnp.mean(centred_BPC * centred_BPC, 1), groups) + eps)
+    y_BPC = centred_BPC * (inverse_BC * scale_C.astype(wide))[:, None] + bias_C.astype(wide)
+    return y_BPC.astype(x_BPC.dtype), (x_BPC, scale_C, bias_C, mean_BC, inverse_BC)
+
+
+def _group_norm_backward(groups: int, eps: float, saved: Any, g_BPC: jax.Array) -> tuple[jax.Array, ...]:
+    """With n the normalised x and m a group's mean: dx = (g scale - m(g scale) - n m(g scale n)) / sigma."""
+    x_BPC, scale_C, bias_C, mean_BC, inverse_BC = saved
+    wide, pixels = mean_BC.dtype, x_BPC.shape[1]
+    g_BPC = g_BPC.astype(wide)
+    n_BPC = (x_BPC.astype(wide) - mean_BC[:, None]) * inverse_BC[:, None]
+    g_BC, gn_BC = _pixel_sum(g_BPC), _pixel_sum(g_BPC * n_BPC)
+    gain_C = scale_C.astype(wide)
+    mean_g_BC, mean_gn_BC = (_group_mean(sums * gain_C, groups) / pixels for sums in (g_BC, gn_BC))
+    dx_BPC = (g_BPC * gain_C - mean_g_BC[:, None] - n_BPC * mean_gn_BC[:, None]) * inverse_BC[:, None]
+    return dx_BPC.astype(x_BPC.dtype), gn_BC.sum(0).astype(scale_C.dtype), g_BC.sum(0).astype(bias_C.dtype)
+
+
+def _group_mean(y_BC: jax.Array, groups: int) -> jax.Array:
+    """Each channel's value becomes the mean of its group's."""
+    B, C = y_BC.shape
+    mean_BG1 = y_BC.reshape(B, groups, -1).mean(-1, keepdims=True)
+    return jnp.broadcast_to(mean_BG1, (B, groups, C // groups)).reshape(B, C)
+
+
+def _pixel_sum(y_BPC: jax.Array) -> jax.Array:
+    """(B, C). XLA:CPU adds up a product's many wide rows at 0.4 GB/s (20 ms for 1024 x 960), but not as a product with ones."""
+    if jax.default_backend() != "cpu":
+        return y_BPC.sum(1)
+    return jnp.einsum("BP,BPC->BC", jnp.ones(y_BPC.shape[:2], y_BPC.dtype), y_BPC)
+
+
+def _group_norm_plain(x_BPC: jax.Array, scale_C: jax.Array, bias_C: jax.Array, groups: int, eps: float) -> jax.Array:
+    return _group_norm_forward(x_BPC, scale_C, bias_C, groups, eps)[0]
+
+
+_group_norm = jax.custom_vjp(_group_norm_plain, nondiff_argnums=(3, 4))
+_group_norm.defvjp(_group_norm_forward, _group_norm_backward)
 
 
 class ResnetBlock(nn.Module):

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jdiff.convolution import convolve
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["qvalue", "scale"], meta_fields=[])
 class QTensor:
@@ -103,9 +105,7 @@ def conv(x_BHWC: jax.Array, w: Weight, strides: Sequence[int] = (1, 1), padding:
     if isinstance(w, QTensor):
         y = conv(x_BHWC, w.qvalue.astype(x_BHWC.dtype), strides, padding)
         return y * w.scale.reshape(-1).astype(x_BHWC.dtype)
-    return jax.lax.conv_general_dilated(
-        x_BHWC, w.astype(x_BHWC.dtype), strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return convolve(x_BHWC, w.astype(x_BHWC.dtype), strides, padding)
 
 
 def take(w: Weight, ids: jax.Array, dtype: Any) -> jax.Array:

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     *({"train"}, {"tasks"}, {"evaluate"}, {"loading"}, {"pipelines"}, {"convert"}, {"checkpoint"}),
     *({"report"}, {"logbook", "meter", "interrupt", "runtime"}, {"data"}, {"tokens"}, {"config"}),
-    *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights"}, {"tree"}),
-    {"paths", "version"},
+    *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights"}),
+    *({"convolution", "tree"}, {"paths", "version"}),
 )
 """Top first. A module imports from floors below its own, a package also from itself."""
 LEVEL = {name: len(FLOORS) - i for i, floor in enumerate(FLOORS) for name in floor}

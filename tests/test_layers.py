@@ -53,12 +53,18 @@ def test_group_norm_equals_pytorch(dtype):
     rng = np.random.default_rng(0)
     x, scale, bias = 3 + rng.normal(size=(2, 5, 7, 24)), rng.normal(size=24), rng.normal(size=24)
     x, scale, bias = (jnp.asarray(a, jnp.float32) for a in (x, scale, bias))
-    found = layers.group_norm(x.astype(dtype), scale, bias, 6, 1e-5)
-    peer = torch.tensor(np.asarray(x.astype(dtype).astype(jnp.float32))).permute(0, 3, 1, 2)
-    expected = torch.nn.functional.group_norm(peer, 6, torch.tensor(np.asarray(scale)), torch.tensor(np.asarray(bias)))
+    found, back = jax.vjp(lambda *args: layers.group_norm(*args, 6, 1e-5), x.astype(dtype), scale, bias)
+    peer = torch.tensor(np.asarray(x.astype(dtype).astype(jnp.float32))).permute(0, 3, 1, 2).requires_grad_()
+    gain, offset = (torch.tensor(np.asarray(a)).requires_grad_() for a in (scale, bias))
+    expected = torch.nn.functional.group_norm(peer, 6, gain, offset)
     assert found.dtype == dtype
     tolerance = 1e-5 if dtype == jnp.float32 else 3e-2
-    np.testing.assert_allclose(found.astype(jnp.float32), expected.permute(0, 2, 3, 1).numpy(), atol=tolerance)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.detach().permute(0, 2, 3, 1).numpy(), atol=tolerance)
+    g = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(dtype)
+    expected.backward(torch.tensor(np.asarray(g.astype(jnp.float32))).permute(0, 3, 1, 2))
+    theirs = (peer.grad.permute(0, 2, 3, 1), gain.grad, offset.grad)
+    for ours, grad in zip(back(g), theirs, strict=True):
+        np.testing.assert_allclose(ours.astype(jnp.float32), grad.numpy(), atol=tolerance * np.abs(grad.numpy()).max())
 
 
 def test_group_norm_refuses_channels_that_do_not_divide():
