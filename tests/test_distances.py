@@ -1,12 +1,20 @@
 """Distances between sets of features equal plain float64 computations of their definitions, however the sets are cut up."""
 
+import subprocess
+import sys
 from functools import reduce
 
 import numpy as np
 import pytest
 import scipy.linalg
 
-from jdiff.evaluate.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from jdiff.evaluate.distances import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    kernel_distances,
+    precision_recall,
+)
 from jdiff.evaluate.moments import Moments
 
 
@@ -67,6 +75,13 @@ def test_kernel_distance_equals_its_definition():
     assert kernel_distance(X[:40], Y[:30]) == pytest.approx(xx + yy - 2 * xy, rel=1e-6)
 
 
+def test_kernel_distances_of_resampled_rows_are_those_of_the_rows():
+    sets = np.random.default_rng(1).integers(40, size=(3, 40))
+    counts = np.stack([np.bincount(rows, minlength=40) for rows in sets])
+    expected = [kernel_distance(X[rows], Y[:30]) for rows in sets]
+    np.testing.assert_allclose(kernel_distances(X[:40], Y[:30], counts), expected, rtol=1e-9)
+
+
 def test_inception_score_equals_its_definition():
     logits = np.float64(X[:100, :10]) * 4
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -108,3 +123,24 @@ def test_blocks_change_nothing(monkeypatch):
 def test_a_mistake_is_one_line(call, said):
     with pytest.raises(ValueError, match=said):
         call()
+
+
+TEN_THOUSAND = """
+import resource, numpy as np
+from jdiff.evaluate.features import Features
+from jdiff.evaluate.scores import METRICS, Reference, scores
+
+rng = np.random.default_rng(0)
+draw = lambda: Features(*(rng.standard_normal((10_000, n), np.float32) for n in (2048, 1008, 2023)))
+found = scores(draw(), Reference.of("others", draw()), METRICS, resamples=2)
+assert all(np.isfinite((s.value, s.low, s.high)).all() for s in found.values()), found
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+"""
+
+
+@pytest.mark.slow
+def test_scores_of_ten_thousand_take_less_than_two_gigabytes():
+    """Of Inception's features, all metrics, the samples' and the reference's in memory."""
+    done = subprocess.run([sys.executable, "-c", TEN_THOUSAND], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2048

@@ -1,5 +1,6 @@
 """From pictures to scores: the classifier trains, worse pictures score worse, and unlike things are not compared."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,9 +14,9 @@ from PIL import Image
 import jdiff
 from jdiff import sharding
 from jdiff.data import DataError
-from jdiff.evaluate.features import Features, Network, open_network, resized
+from jdiff.evaluate.features import Network, open_network, resized
 from jdiff.evaluate.moments import Moments
-from jdiff.evaluate.pictures import batches, moments_of, open_pictures
+from jdiff.evaluate.pictures import batches, moments_of, open_pictures, save_moments
 from jdiff.evaluate.scores import Reference, scores
 
 CLASSIFIER = ("--config.data.image_size=16", "--config.model.widths=8,16", "--config.batch_size=16")
@@ -104,6 +105,13 @@ def test_moments_of_a_file_are_a_reference(tmp_path):
     assert scores(features, reference, ("fid",), resamples=0)["fid"].value == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match=r"kid needs the reference's pictures, and .*m\.npz holds moments alone"):
         scores(features, reference, ("kid",))
+    save_moments(tmp_path / "own.npz", Reference.of("ninety", features))
+    kept = moments_of(str(tmp_path / "own.npz"))
+    assert kept.pool.count == 90 and kept.network == "pixels" and kept.title.endswith("own.npz (ninety)")
+    assert scores(features, kept, ("fid",), resamples=0)["fid"].value == pytest.approx(0, abs=1e-6)
+    other = dataclasses.replace(NETWORK, title="others").features([PICTURES])
+    with pytest.raises(ValueError, match=r"holds features of pixels, and the samples' are of others: they do not"):
+        scores(other, kept, ("fid",))
     np.savez(tmp_path / "p.npz", arr_0=PICTURES)
     assert moments_of(str(tmp_path / "p.npz")) is None
     np.testing.assert_array_equal(open_pictures(str(tmp_path / "p.npz"), 0), PICTURES)
@@ -140,17 +148,17 @@ def test_the_tool_scores_a_run_and_a_folder(commands, classifier, tmp_path):
     common = ("--network", classifier, "--resamples", 2, "--json", tmp_path / "scores.jsonl")
     for source in (tmp_path / "run", tmp_path / "pictures"):
         size = () if source.name == "run" else ("--image-size", 8)
-        settings = ("--num", 20, "--steps", 2, "--reference", "openmoji")
+        settings = ("--num", 20, "--steps", 2, "--reference", "openmoji", "--save-reference", tmp_path / "moments.npz")
         done = commands.run("tools/evaluate.py", source, *common, *settings, *size)
         assert done.returncode == 0, done.stderr
         assert "20 pictures of" in done.stdout and "classifier" in done.stdout and "recall" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["fid"][0] > 0 and line["count"] == 20 for line in lines)
     assert lines[0]["network"] == lines[1]["network"]
+    again = ("--reference", tmp_path / "moments.npz", "--metrics", "fid", "--num", 20, "--image-size", 8)
+    done = commands.run("tools/evaluate.py", tmp_path / "pictures", *common, *again)
+    assert done.returncode == 0, done.stderr
+    fid = json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[-1])["fid"]
+    np.testing.assert_allclose(fid, lines[1]["fid"], rtol=1e-6)
     wrong = commands.run("tools/evaluate.py", tmp_path / "pictures", *common, "--reference", "openmoji")
     assert wrong.returncode == 2 and wrong.stderr.strip().startswith("evaluate.py: --image-size is missing")
-
-
-def test_features_keep_their_rows():
-    features = Features(np.arange(6.0).reshape(3, 2), np.arange(3.0)[:, None], np.arange(3.0)[:, None])
-    assert features.rows(np.array([2, 2, 0])).spatial_ND.ravel().tolist() == [2, 2, 0]

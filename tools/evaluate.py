@@ -28,6 +28,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", help="what is scored")
     parser.add_argument("--reference", help="what it is held against (not needed for `is` alone)")
+    parser.add_argument(
+        "--save-reference", type=Path, metavar="NPZ", help="keep its moments, to be a --reference again"
+    )
     parser.add_argument("--network", required=True, help="whose features are compared")
     parser.add_argument("--metrics", default="fid,kid,is,precision,recall", help="by comma; sfid too with Inception")
     parser.add_argument("--resize", default="tf", help="of Inception's pictures: tf, or torch as pytorch-fid does it")
@@ -59,7 +62,7 @@ def evaluate(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')}={value} must be above 0")
     from jdiff import runtime
     from jdiff.evaluate.features import open_network
-    from jdiff.evaluate.pictures import batches, moments_of, open_pictures
+    from jdiff.evaluate.pictures import batches, moments_of, open_pictures, save_moments
     from jdiff.evaluate.scores import Reference, scores
 
     runtime.prepare(runtime.cpu_devices(options.batch_size, least=1))
@@ -79,6 +82,10 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.reference and reference is None:
         found = network.features(batches(open_pictures(options.reference, size), options.num))
         reference = Reference.of(f"{len(found)} of {options.reference}", found)
+    if options.save_reference:
+        if reference is None:
+            raise ValueError("--save-reference keeps a --reference: give one")
+        save_moments(options.save_reference, reference)
     results = scores(samples, reference, metrics, resamples=options.resamples, seed=options.seed)
     facts: dict[str, Any] = {
         "samples": title,

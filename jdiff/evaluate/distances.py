@@ -32,14 +32,42 @@ def kernel_distance(x_ND: np.ndarray, y_MD: np.ndarray) -> float:
 
     Over all pairs; the customary mean over subsets estimates the same with more noise. ValueError for fewer than two rows.
     """
+    return kernel_distances(x_ND, y_MD, np.ones((1, len(x_ND))))[0]
+
+
+def kernel_distances(x_ND: np.ndarray, y_MD: np.ndarray, counts_RN: np.ndarray) -> list[float]:
+    """`kernel_distance` of R sets made of x's rows, where set r has row n counts_RN[r, n] times, by one pass over the pairs."""
     x_ND, y_MD = _pair(x_ND, y_MD)
-    if min(len(x_ND), len(y_MD)) < 2:
-        raise ValueError(f"a kernel distance takes two features or more of each, found {len(x_ND)} and {len(y_MD)}")
-    within = []
-    for z_ND in (x_ND, y_MD):
-        n, own = len(z_ND), ((z_ND**2).sum(1) / z_ND.shape[1] + 1) ** 3
-        within.append((_kernel_sum(z_ND, z_ND) - own.sum()) / (n * (n - 1)))
-    return float(sum(within) - 2 * _kernel_sum(x_ND, y_MD) / (len(x_ND) * len(y_MD)))
+    counts_RN = np.asarray(counts_RN, np.float64)
+    sizes_R, M = counts_RN.sum(1), len(y_MD)
+    if min(*sizes_R, M) < 2:
+        raise ValueError(f"a kernel distance takes two features or more of each, found {sizes_R.min():.0f} and {M}")
+    within_R, across_R = np.zeros(len(counts_RN)), np.zeros(len(counts_RN))
+    for start in range(0, len(x_ND), BLOCK):
+        x_BD, counts_RB = x_ND[start : start + BLOCK], counts_RN[:, start : start + BLOCK]
+        within_R += (counts_RB * (counts_RN @ _kernel(x_ND, x_BD))).sum(1)
+        across_R += counts_RB @ _kernel(x_BD, y_MD).sum(1)
+    within_R = (within_R - counts_RN @ _kernel_self(x_ND)) / (sizes_R * (sizes_R - 1))
+    blocks = (y_MD[start : start + BLOCK] for start in range(0, M, BLOCK))
+    within_y = (sum(_kernel(y_BD, y_MD).sum() for y_BD in blocks) - _kernel_self(y_MD).sum()) / (M * (M - 1))
+    return (within_R + within_y - 2 * across_R / (sizes_R * M)).tolist()
+
+
+def _kernel(x_ND: np.ndarray, y_MD: np.ndarray) -> np.ndarray:
+    kernel_NM = x_ND @ y_MD.T
+    kernel_NM /= x_ND.shape[1]
+    kernel_NM += 1
+    return np.multiply(kernel_NM * kernel_NM, kernel_NM, out=kernel_NM)
+
+
+def _kernel_self(x_ND: np.ndarray) -> np.ndarray:
+    """Of each row with itself."""
+    return (_lengths(x_ND) / x_ND.shape[1] + 1) ** 3
+
+
+def _lengths(x_ND: np.ndarray) -> np.ndarray:
+    """Squared, one a row."""
+    return np.einsum("nd,nd->n", x_ND, x_ND)
 
 
 def inception_score(logits_NK: np.ndarray, splits: int = 1) -> tuple[float, float]:
@@ -82,17 +110,16 @@ def _pair(x_ND: np.ndarray, y_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x_ND, y_MD
 
 
-def _kernel_sum(x_ND: np.ndarray, y_MD: np.ndarray) -> float:
-    blocks = (x_ND[start : start + BLOCK] for start in range(0, len(x_ND), BLOCK))
-    return float(sum(((x_BD @ y_MD.T / x_ND.shape[1] + 1) ** 3).sum() for x_BD in blocks))
-
-
 def _squared(x_ND: np.ndarray, y_MD: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Squared distances (B, M) of some of x's rows to all of y's, with the first row's number."""
-    lengths_M = (y_MD**2).sum(1)
+    lengths_M = _lengths(y_MD)
     for start in range(0, len(x_ND), BLOCK):
         x_BD = x_ND[start : start + BLOCK]
-        yield start, np.maximum((x_BD**2).sum(1)[:, None] + lengths_M - 2 * x_BD @ y_MD.T, 0)
+        squared_BM = x_BD @ y_MD.T
+        squared_BM *= -2
+        squared_BM += _lengths(x_BD)[:, None]
+        squared_BM += lengths_M
+        yield start, np.maximum(squared_BM, 0, out=squared_BM)
 
 
 def _radii(x_ND: np.ndarray, k: int) -> np.ndarray:
@@ -101,5 +128,6 @@ def _radii(x_ND: np.ndarray, k: int) -> np.ndarray:
     for start, squared_BN in _squared(x_ND, x_ND):
         rows = np.arange(len(squared_BN))
         squared_BN[rows, start + rows] = np.inf
-        found.append(np.partition(squared_BN, k - 1, axis=1)[:, k - 1])
+        squared_BN.partition(k - 1, axis=1)
+        found.append(squared_BN[:, k - 1].copy())  # a view would keep the block
     return np.concatenate(found)

@@ -26,19 +26,15 @@ ROWS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Of N pictures. logits_NK: of the network's classes; spatial_ND: where there is a map, for sFID."""
+    """Of N pictures. logits_NK: of the network's classes; spatial_ND: where there is a map, for sFID. network: its title."""
 
     pool_ND: np.ndarray
     logits_NK: np.ndarray
     spatial_ND: np.ndarray | None = None
+    network: str = dataclasses.field(default="", kw_only=True)
 
     def __len__(self) -> int:
         return len(self.pool_ND)
-
-    def rows(self, index: np.ndarray) -> "Features":
-        """Those of some of the pictures, in that order."""
-        spatial = None if self.spatial_ND is None else self.spatial_ND[index]
-        return Features(self.pool_ND[index], self.logits_NK[index], spatial)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Network:
         ]
         if not found:
             raise ValueError("there are no pictures to score")
-        return Features(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+        return Features(*(np.concatenate(parts) for parts in zip(*found, strict=True)), network=self.title)
 
 
 def padded(rows_BHWC: np.ndarray, size: int) -> np.ndarray:

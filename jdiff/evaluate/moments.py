@@ -1,9 +1,14 @@
 """Mean and covariance of features, gathered batch by batch in float64: what the Fréchet distance compares."""
 
 import dataclasses
+import functools
+import operator
 from functools import cached_property
 
 import numpy as np
+
+BLOCK = 4096
+"""Rows that are brought to float64 at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +21,12 @@ class Moments:
 
     @classmethod
     def of(cls, features_ND: np.ndarray) -> "Moments":
-        """Those of one batch."""
+        """Those of all rows, BLOCK at a time: memory beside the features does not grow with their number."""
+        blocks = (features_ND[start : start + BLOCK] for start in range(0, len(features_ND), BLOCK))
+        return functools.reduce(operator.add, map(cls._of_block, blocks))
+
+    @classmethod
+    def _of_block(cls, features_ND: np.ndarray) -> "Moments":
         features_ND = np.asarray(features_ND, np.float64)
         mean_D = features_ND.mean(0)
         deviations_ND = features_ND - mean_D

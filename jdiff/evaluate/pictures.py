@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -53,18 +54,38 @@ def batches(pictures: Source | np.ndarray, count: int | None = None) -> Iterator
             bar.update(len(chosen))
 
 
+FIELDS = (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s"))
+"""A reference's moments, and ADM's names of their mean and covariance."""
+
+
+def save_moments(path: Path, reference: Reference) -> None:
+    """Writes a reference's moments as an .npz under the names of ADM's and pytorch-fid's, with their network, title and count."""
+    arrays: dict[str, Any] = {
+        "network": reference.network,
+        "title": reference.title,
+        "count": reference.pool.count,
+    }
+    for field, mu, sigma in FIELDS:
+        moments: Moments | None = getattr(reference, field)
+        if moments is not None:
+            arrays |= {mu: moments.mean_D, sigma: moments.covariance_DD}
+    np.savez(path, **arrays)
+
+
 def moments_of(path: str) -> Reference | None:
-    """The reference that an .npz of ADM's or pytorch-fid's holds as moments (`mu`, `sigma`; `mu_s`, `sigma_s` for sFID); None
-    for a file of pictures. Such a file does not say by which network it was made, nor of how many pictures."""
+    """The reference that an .npz holds as moments (`mu`, `sigma`; `mu_s`, `sigma_s` for sFID); None for a file of pictures.
+
+    ADM's and pytorch-fid's files do not say by which network they were made, nor of how many pictures; those of `save_moments` do.
+    """
     with _npz(path) as file:
         if "mu" not in file:
             return None
-        found = [
-            Moments.from_statistics(2, file[mu], file[sigma]) if mu in file else None
-            for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s"))
-        ]
-    assert found[0] is not None
-    return Reference(path, found[0], found[1])
+        count = int(file["count"]) if "count" in file else 2
+        found: dict[str, Any] = {
+            field: Moments.from_statistics(count, file[mu], file[sigma]) for field, mu, sigma in FIELDS if mu in file
+        }
+        title, network = (str(file[name]) if name in file else "" for name in ("title", "network"))
+    return Reference(f"{path} ({title})" if title else path, **found, network=network)
 
 
 def _npz(path: str) -> np.lib.npyio.NpzFile:

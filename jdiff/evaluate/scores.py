@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from jdiff.evaluate.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from jdiff.evaluate.distances import frechet_distance, inception_score, kernel_distances, precision_recall
 from jdiff.evaluate.features import Features
 from jdiff.evaluate.moments import Moments
 from jdiff.tree import nearest
@@ -23,19 +23,20 @@ class Reference:
     """What pictures are held against, by the features of one network.
 
     pool, spatial: moments of features; features: the features themselves, where they are there, as kid, precision and recall
-    take them.
+    take them. network: its title, or "" where that is not known.
     """
 
     title: str
     pool: Moments
     spatial: Moments | None = None
     features: Features | None = None
+    network: str = ""
 
     @classmethod
     def of(cls, title: str, features: Features) -> "Reference":
         """That of pictures' features."""
         spatial = None if features.spatial_ND is None else Moments.of(features.spatial_ND)
-        return cls(title, Moments.of(features.pool_ND), spatial, features)
+        return cls(title, Moments.of(features.pool_ND), spatial, features, features.network)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,15 @@ def scores(
     The interval is 1.96 deviations to either side: over `resamples` bootstrap sets of the samples' rows (none for 0), the
     reference staying as it is; precision and recall have a share's own.
 
-    ValueError for an unknown metric, or one that the reference or the network has nothing for.
+    ValueError for an unknown metric, one that the reference or the network has nothing for, or a reference by another network.
     """
-    found = {}
+    if reference and reference.network and samples.network and reference.network != samples.network:
+        raise ValueError(
+            f"{reference.title} holds features of {reference.network}, and the samples' are of {samples.network}: "
+            "they do not compare"
+        )
+    found, rng, everything = {}, np.random.default_rng(seed), np.arange(len(samples))
+    sets = [everything, *(rng.choice(everything, len(samples)) for _ in range(resamples))]
     pair = cache(lambda: _precision_recall(samples, reference))
     for metric in metrics:
         if metric not in METRICS:
@@ -71,34 +78,28 @@ def scores(
             value, count = pair()[SHARES.index(metric)]
             deviation = (value * (1 - value) / count) ** 0.5
         else:
-            measure = _measure(metric, samples, reference)
-            value, deviation = measure(samples), _resampled(measure, samples, resamples, seed)
+            value, *others = _measure(metric, samples, reference)(sets)
+            deviation = float(np.std(others, ddof=1)) if len(others) > 1 else float("nan")
         found[metric] = Score(value, value - 1.96 * deviation, value + 1.96 * deviation)
     return found
 
 
-def _resampled(measure: Callable[[Features], float], samples: Features, resamples: int, seed: int) -> float:
-    """The deviation of a measure over bootstrap sets; nan for fewer than two."""
-    if resamples < 2:
-        return float("nan")
-    rng = np.random.default_rng(seed)
-    sets = (rng.integers(len(samples), size=len(samples)) for _ in range(resamples))
-    return float(np.std([measure(samples.rows(rows)) for rows in sets], ddof=1))
-
-
-def _measure(metric: str, samples: Features, reference: Reference | None) -> Callable[[Features], float]:
+def _measure(metric: str, samples: Features, reference: Reference | None) -> Callable[[list[np.ndarray]], list[float]]:
+    """A function of sets of the samples' rows: the metric of each."""
     if metric == "is":
-        return lambda z: inception_score(z.logits_NK, max(1, len(z) // SPLIT))[0]
+        logits_NK = samples.logits_NK
+        return lambda sets: [inception_score(logits_NK[rows], max(1, len(rows) // SPLIT))[0] for rows in sets]
     reference = _given(metric, reference)
-    if metric == "fid":
-        return lambda z: frechet_distance(reference.pool, Moments.of(z.pool_ND))
-    if metric == "sfid":
-        spatial = reference.spatial
-        if samples.spatial_ND is None or spatial is None:
-            raise ValueError(f"sfid needs maps of features, which {reference.title} or the network does not have")
-        return lambda z: frechet_distance(spatial, Moments.of(np.asarray(z.spatial_ND)))
-    pool_MD = _features(metric, reference)
-    return lambda z: kernel_distance(z.pool_ND, pool_MD)
+    if metric == "kid":
+        pool_MD = _features(metric, reference)
+        counts = lambda sets: np.stack([np.bincount(rows, minlength=len(samples)) for rows in sets])  # noqa: E731
+        return lambda sets: kernel_distances(samples.pool_ND, pool_MD, counts(sets))
+    moments, features_ND = (
+        (reference.pool, samples.pool_ND) if metric == "fid" else (reference.spatial, samples.spatial_ND)
+    )
+    if moments is None or features_ND is None:
+        raise ValueError(f"sfid needs maps of features, which {reference.title} or the network does not have")
+    return lambda sets: [frechet_distance(moments, Moments.of(features_ND[rows])) for rows in sets]
 
 
 def _precision_recall(samples: Features, reference: Reference | None) -> list[tuple[float, int]]:
