@@ -1,10 +1,12 @@
 """What a run measures of itself: means of its metrics over a window, and how fast the machine goes."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 PEAK_FLOPS = {
@@ -23,6 +25,19 @@ def peak_flops(devices: list[Any]) -> float | None:
     """The mesh's peak FLOP/s, None where the chip's is not known (a CPU's, say)."""
     kinds = [kind for kind in PEAK_FLOPS if devices[0].device_kind.startswith(kind)]
     return PEAK_FLOPS[max(kinds, key=len)] * len(devices) if kinds else None
+
+
+def peak_memory(devices: list[Any]) -> int | None:
+    """Most bytes in use so far on one of this process's devices; of a CPU's, the process's resident memory. None where unknown."""
+    stats = [device.memory_stats() for device in devices if device.process_index == jax.process_index()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
+    if peaks:
+        return max(peaks)
+    if devices[0].platform != "cpu" or not sys.platform.startswith("linux"):
+        return None
+    import resource  # which not every system has
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Window:
@@ -51,9 +66,9 @@ class Window:
 class Meter:
     """Steps, images and model FLOPs a second since the last reading, without the time spent on saving and sampling."""
 
-    def __init__(self, macs: int, batch_size: int, peak: float | None):
-        """macs: of a record's forward pass; a training step's FLOPs are counted as six times that."""
-        self.flops, self.batch_size, self.peak = 6.0 * macs * batch_size, batch_size, peak
+    def __init__(self, macs: int, batch_size: int, devices: list[Any]):
+        """macs: of a record's forward pass; a training step's FLOPs are counted as six times that. devices: the mesh's."""
+        self.flops, self.batch_size, self.devices = 6.0 * macs * batch_size, batch_size, devices
         self.steps, self._start, self._waited = 0, time.perf_counter(), 0.0
 
     @contextlib.contextmanager
@@ -74,7 +89,9 @@ class Meter:
             "model_flops_per_second": rate * self.flops,
             "data_wait_share": (waited - self._waited) / seconds,
         }
-        if self.peak is not None:
-            rates["mfu"] = rates["model_flops_per_second"] / self.peak
+        if (peak := peak_flops(self.devices)) is not None:
+            rates["mfu"] = rates["model_flops_per_second"] / peak
+        if (held := peak_memory(self.devices)) is not None:
+            rates["peak_memory_bytes"] = held
         self.steps, self._start, self._waited = 0, now, waited
         return rates

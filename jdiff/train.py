@@ -23,7 +23,7 @@ from jdiff import checkpoint, data, optim, sharding, tree
 from jdiff import config as configs
 from jdiff.interrupt import Signals, Stopped
 from jdiff.logbook import Logbook
-from jdiff.meter import Meter, Window, peak_flops
+from jdiff.meter import Meter, Window
 from jdiff.optim import Ema
 from jdiff.pipelines import save_png
 from jdiff.report import write_report
@@ -278,7 +278,7 @@ class Run:
         self.setup, self.workdir, self.state, self.window = setup, workdir, state, window
         self.book, self.checkpoints = book, checkpoints
         self.config, self.task = setup.config, setup.task
-        self.meter = Meter(setup.task.macs(), self.config.batch_size, peak_flops(list(setup.mesh.devices.flat)))
+        self.meter = Meter(setup.task.macs(), self.config.batch_size, list(setup.mesh.devices.flat))
         self.refused = 0
         self.last_grid: Path | None = None
 

@@ -18,6 +18,7 @@ from jdiff.evaluate.reconstruction import psnr, ssim
 from jdiff.models import lpips
 from jdiff.models.discriminator import PatchDiscriminator
 from jdiff.models.vae import Posterior
+from jdiff.report import SPEED
 from jdiff.tasks import mean_gradient
 from jdiff.tasks.autoencoder import autoencoder_gradient
 
@@ -295,9 +296,6 @@ def run(commands, folder, workdir, **changes):
     keys = [f"--config.{key}={value}" for key, value in tiny(folder, **changes).items()]
     result = commands.run("launch.py", "--config", "configs/vae_openmoji.py", "--workdir", workdir, *keys)
     assert result.returncode == 0, result.stderr
-
-
-SPEED = ("steps_per_second", "images_per_second", "model_flops_per_second", "data_wait_share", "mfu")
 
 
 def outcome(workdir):

@@ -145,20 +145,32 @@ def test_the_tool_scores_a_run_and_a_folder(commands, classifier, tmp_path):
         "launch.py", "--config", "configs/quickstart.py", "--workdir", tmp_path / "run", *TINY, "--config.total_steps=2"
     )
     assert run.returncode == 0, run.stderr
-    common = ("--network", classifier, "--resamples", 2, "--json", tmp_path / "scores.jsonl")
+    common = ("--network", classifier, "--resamples", 2)
+    kept = {"run": tmp_path / "run" / "scores.jsonl", "pictures": tmp_path / "scores.jsonl"}
     for source in (tmp_path / "run", tmp_path / "pictures"):
-        size = () if source.name == "run" else ("--image-size", 8)
+        size = () if source.name == "run" else ("--image-size", 8, "--json", kept["pictures"])
         settings = ("--num", 20, "--steps", 2, "--reference", "openmoji", "--save-reference", tmp_path / "moments.npz")
         done = commands.run("tools/evaluate.py", source, *common, *settings, *size)
         assert done.returncode == 0, done.stderr
-        assert "20 pictures of" in done.stdout and "classifier" in done.stdout and "recall" in done.stdout
-    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all(line["fid"][0] > 0 and line["count"] == 20 for line in lines)
-    assert lines[0]["network"] == lines[1]["network"]
-    again = ("--reference", tmp_path / "moments.npz", "--metrics", "fid", "--num", 20, "--image-size", 8)
+        assert "count 20" in done.stdout and "network classifier" in done.stdout and "recall" in done.stdout
+    lines = [json.loads(path.read_text()) for path in kept.values()]
+    assert all(line["fid"][0] > 0 and line["count"] == 20 for line in lines)
+    assert lines[0]["network"] == lines[1]["network"] and lines[0]["step"] == 2
+    again = (
+        "--reference",
+        tmp_path / "moments.npz",
+        "--metrics",
+        "fid",
+        "--num",
+        20,
+        "--image-size",
+        8,
+        "--json",
+        kept["pictures"],
+    )
     done = commands.run("tools/evaluate.py", tmp_path / "pictures", *common, *again)
     assert done.returncode == 0, done.stderr
-    fid = json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[-1])["fid"]
+    fid = json.loads(kept["pictures"].read_text().splitlines()[-1])["fid"]
     np.testing.assert_allclose(fid, lines[1]["fid"], rtol=1e-6)
     wrong = commands.run("tools/evaluate.py", tmp_path / "pictures", *common, "--reference", "openmoji")
     assert wrong.returncode == 2 and wrong.stderr.strip().startswith("evaluate.py: --image-size is missing")

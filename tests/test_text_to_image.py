@@ -21,12 +21,12 @@ from jdiff import config as configs
 from jdiff.diffusion import schedulers
 from jdiff.diffusion.process import make_text_process, make_text_scheduler, scheduler_record
 from jdiff.pipelines import TextPipeline, grid
+from jdiff.report import SPEED
 from jdiff.tasks import make_task, mean_gradient
 from jdiff.tasks.text_to_image import TextToImage, text_loss
 from jdiff.tokens import Tokenizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
-SPEED = ("steps_per_second", "images_per_second", "model_flops_per_second", "data_wait_share", "mfu")
 UNET = {
     **{"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "cross_attention_dim": 16},
     **{

@@ -21,10 +21,9 @@ from jdiff import checkpoint, models, optim, train, tree
 from jdiff import config as configs
 from jdiff.diffusion.process import make_process
 from jdiff.layers import sincos_positions_2d
+from jdiff.report import SPEED
 from jdiff.tasks import NOTHING, class_to_image, mean_gradient
 from jdiff.tasks.class_to_image import class_loss
-
-SPEED = ("steps_per_second", "images_per_second", "model_flops_per_second", "data_wait_share", "mfu")
 
 
 def make_batch(rows=8, seed=0):

@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--image-size", type=int, help="of folders and openmoji (default: the run's or .npz's)")
     parser.add_argument("--resamples", type=int, default=20, help="bootstrap sets for an interval; 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and the resampling")
-    parser.add_argument("--json", type=Path, help="append the line to this file")
+    parser.add_argument("--json", type=Path, help="append the line to this file (of a run: RUN/scores.jsonl)")
     run = parser.add_argument_group("of a run")
     run.add_argument("--steps", type=int, default=50)
     run.add_argument("--guidance", type=float, default=1.5)
@@ -64,6 +64,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from jdiff.evaluate.features import open_network
     from jdiff.evaluate.pictures import batches, moments_of, open_pictures, save_moments
     from jdiff.evaluate.scores import Reference, scores
+    from jdiff.report import SCORES
 
     runtime.prepare(runtime.cpu_devices(options.batch_size, least=1))
     metrics = options.metrics.split(",")
@@ -72,8 +73,10 @@ def evaluate(options: argparse.Namespace) -> int:
         reference = moments_of(options.reference)
     network = open_network(options.network, options.resize)
     size = options.image_size
+    facts: dict[str, Any] = {}
     if (Path(options.samples) / "checkpoints").is_dir():
-        made, title, size = from_run(options)
+        made, facts, size = from_run(options)
+        title = options.samples
     else:
         pictures = open_pictures(options.samples, needed(size, options.samples))
         size = size or pictures.shape[1]
@@ -87,19 +90,19 @@ def evaluate(options: argparse.Namespace) -> int:
             raise ValueError("--save-reference keeps a --reference: give one")
         save_moments(options.save_reference, reference)
     results = scores(samples, reference, metrics, resamples=options.resamples, seed=options.seed)
-    facts: dict[str, Any] = {
+    facts |= {
         "samples": title,
         "count": len(samples),
         "reference": reference and reference.title,
         "network": network.title,
         "seed": options.seed,
     }
-    print(f"{len(samples)} pictures of {title}, against {facts['reference']}; {network.title}; seed {options.seed}")
+    print("; ".join(f"{key} {value}" for key, value in facts.items()))
     for name, score in results.items():
         print(f"{name:>10} {score.value:10.4f}   [{score.low:.4f}, {score.high:.4f}]")
-    if options.json:
+    if path := options.json or ("step" in facts and Path(options.samples) / SCORES):
         line = facts | {name: [score.value, score.low, score.high] for name, score in results.items()}
-        with open(options.json, "a") as file:
+        with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
     return 0
 
@@ -111,12 +114,14 @@ def needed(size: int | None, source: str) -> int:
     return size or 0
 
 
-def from_run(options: argparse.Namespace) -> tuple[Iterator[np.ndarray], str, int]:
-    """(pictures, what they are, their size) of a run's model of classes."""
+def from_run(options: argparse.Namespace) -> tuple[Iterator[np.ndarray], dict[str, Any], int]:
+    """(pictures, how they are made, their size) of a run's model of classes."""
     import jdiff
+    from jdiff import checkpoint
     from jdiff.pipelines import ClassPipeline
 
-    pipe = jdiff.pipeline(options.samples, weights=options.weights, step=options.step)
+    step = options.step or checkpoint.steps(Path(options.samples))[-1]
+    pipe = jdiff.pipeline(options.samples, weights=options.weights, step=step)
     if not isinstance(pipe, ClassPipeline):
         raise ValueError(f"{options.samples} takes prompts: make pictures with tools/sample.py --npz, and score those")
     if pipe.model.channels != 3:
@@ -133,7 +138,8 @@ def from_run(options: argparse.Namespace) -> tuple[Iterator[np.ndarray], str, in
                 yield pictures
                 bar.update(len(pictures))
 
-    return made(), f"{options.samples} ({options.steps} steps, guidance {options.guidance})", pipe.model.image_size
+    facts = {"step": step, "weights": options.weights, "sampling_steps": options.steps, "guidance": options.guidance}
+    return made(), facts, pipe.model.image_size
 
 
 if __name__ == "__main__":
