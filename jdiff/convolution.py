@@ -18,9 +18,11 @@ from jax import lax
 
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
 
-VERY_FEW_PIXELS, FEW_PIXELS, SOME_PIXELS, FEW_CHANNELS = 256, 512, 1024, 16
-"""Up to so many output pixels of a batch: the kernel is best read once, as it lies; rows of taps are quicker than a convolution; so
-are a product a tap for the input's gradient. With so few channels, rows of taps are cheap at any size."""
+VERY_FEW_PIXELS, FEW_PIXELS, SOME_PIXELS, MANY_PIXELS = 256, 512, 1024, 2**14
+"""Output pixels of a batch: up to so many, a wide kernel is best read once, as it lies; rows of taps are quicker than a
+convolution; so is a product a tap for the input's gradient; from so many on, for the gradient of kernels that are not narrow."""
+WIDE, NARROW, FEW_CHANNELS = 2**16, 2**12, 16
+"""Weights a tap, C * D, from which on a kernel is wide; below which it is narrow; channels that are few to make of 64 or more."""
 
 
 def convolve(
@@ -45,7 +47,7 @@ def _xla(x_BHWC: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pairs: 
 
 def _forward(x_BHWC: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pairs: Pairs) -> jax.Array:
     out = jax.eval_shape(partial(_xla, strides=strides, pairs=pairs), x_BHWC, kernel).shape
-    if _pixels(out) > FEW_PIXELS:
+    if not _wide(kernel) or _pixels(out) > FEW_PIXELS:
         return _xla(x_BHWC, kernel, strides, pairs)
     rows_PTC = _rows(x_BHWC, kernel.shape, out, strides, pairs)
     return jnp.dot(rows_PTC, kernel.reshape(-1, kernel.shape[-1])).reshape(out)
@@ -58,11 +60,10 @@ def _backward(
     strides: tuple[int, ...], pairs: Pairs, saved: tuple[jax.Array, jax.Array], g_BhwD: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x_BHWC, kernel = saved
-    plain = partial(_xla, strides=strides, pairs=pairs)
-    if _pixels(g_BhwD.shape) <= SOME_PIXELS:
+    if _wide(kernel) and _pixels(g_BhwD.shape) <= SOME_PIXELS:
         dx_BHWC = _input_gradient(x_BHWC, kernel, g_BhwD, strides, pairs)
     else:
-        (dx_BHWC,) = jax.vjp(lambda x: plain(x, kernel), x_BHWC)[1](g_BhwD)
+        (dx_BHWC,) = jax.vjp(lambda x: _xla(x, kernel, strides, pairs), x_BHWC)[1](g_BhwD)
     return dx_BHWC, _kernel_gradient(x_BHWC, kernel, g_BhwD, strides, pairs)
 
 
@@ -99,17 +100,24 @@ def _kernel_gradient(
         lax.dot_general, dimension_numbers=(((0,), (0,)), ((), ())), preferred_element_type=wide
     )
     g_PD = g_BhwD.reshape(-1, D)
-    if _pixels(g_BhwD.shape) <= FEW_PIXELS or C <= FEW_CHANNELS:
-        gradient = product(_rows(x_BHWC, kernel.shape, g_BhwD.shape, strides, pairs), g_PD)
-    elif D <= FEW_CHANNELS and C > D:
+    pixels = _pixels(g_BhwD.shape)
+    if D <= FEW_CHANNELS and C >= 4 * FEW_CHANNELS:
         # each tap's gradient at the pixels that it read
         moved = [_put(g_BhwD, tap, x_BHWC.shape, strides, pairs) for tap in _taps(kernel.shape)]
         gradient_CTD = product(x_BHWC.reshape(-1, C), jnp.concatenate(moved, -1).reshape(-1, len(moved) * D))
         gradient = jnp.moveaxis(gradient_CTD.reshape(C, -1, D), 0, 1)
-    else:
+    elif _wide(kernel) and pixels <= FEW_PIXELS:
+        gradient = product(_rows(x_BHWC, kernel.shape, g_BhwD.shape, strides, pairs), g_PD)
+    elif _wide(kernel) or (C * D >= NARROW and pixels >= MANY_PIXELS):
         reads = _reads(x_BHWC, kernel.shape, g_BhwD.shape, strides, pairs)
         gradient = jnp.stack([product(read.reshape(-1, C), g_PD) for read in reads])
+    else:
+        (gradient,) = jax.vjp(lambda kernel: _xla(x_BHWC, kernel, strides, pairs), kernel)[1](g_BhwD)
     return gradient.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _wide(kernel: jax.Array) -> bool:
+    return kernel.shape[2] * kernel.shape[3] >= WIDE
 
 
 def _pixels(shape: Sequence[int]) -> int:

@@ -22,6 +22,8 @@ CASES = [
     (2, 24, 24, (3, 3), (1, 1), "SAME", 3, 18),
     (2, 24, 24, (3, 3), (1, 1), "SAME", 20, 3),
     (2, 48, 48, (3, 3), (2, 2), ((1, 1), (1, 1)), 20, 3),
+    (2, 36, 36, (3, 3), (1, 1), "SAME", 4, 5),  # neither wide nor narrow, of many pixels
+    (2, 12, 12, (3, 3), (1, 1), "SAME", 4, 5),
     (2, 18, 20, (3, 3), (1, 1), "SAME", 20, 18),  # between FEW_PIXELS and SOME_PIXELS
 ]
 
@@ -34,6 +36,13 @@ def _arrays(case):
 
 def _plain(x, kernel, strides, padding):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+    """So that small arrays go every way."""
+    for name, value in {"WIDE": 30, "NARROW": 9, "FEW_CHANNELS": 4, "MANY_PIXELS": 2000}.items():
+        monkeypatch.setattr(convolution, name, value)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
