@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow docs lint clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jdiff needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -25,6 +25,9 @@ test: $(VENV)/.dev lint  ## the fast tests
 
 slow: $(VENV)/.dev  ## full sizes and long runs
 	$(BIN)/python -m pytest -m slow
+
+docs: $(VENV)/.dev  ## every command of the README and of docs/, at a small size
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_docs.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
