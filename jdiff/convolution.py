@@ -7,9 +7,8 @@ where was measured (docs/performance.md). Legend: C channels in, D out, h w the 
 pixels of the batch.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeAlias
 
 import jax
@@ -87,7 +86,7 @@ def _input_gradient(
     moved = (
         _put(part, tap, x_BHWC.shape, strides, pairs) for part, tap in zip(parts, _taps(kernel.shape), strict=True)
     )
-    return functools.reduce(jnp.add, moved).astype(x_BHWC.dtype)
+    return reduce(jnp.add, moved).astype(x_BHWC.dtype)
 
 
 def _kernel_gradient(

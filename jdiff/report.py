@@ -100,19 +100,17 @@ def _speed(runs: Sequence[Run]) -> Iterator[str]:
 
 def _score_tables(runs: Sequence[Run]) -> Iterator[str]:
     """A table for all scores that compare: of one reference, network, number of pictures and way of sampling."""
-    like: dict[tuple[str, ...], list[list[str]]] = {}
-    names: dict[tuple[str, ...], list[str]] = {}
+    alike: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for run in runs:
         for line in run.scores:
-            found = {name: value for name, value in line.items() if isinstance(value, list)}
-            facts = {k: v for k, v in line.items() if k not in found and k not in ("samples", "step")}
-            key = tuple(f"{k} {v}" for k, v in facts.items())
-            names[key] = [*names.get(key, []), *(n for n in found if n not in names.get(key, []))]
-            cells = {name: f"{value:.4g} [{low:.4g}, {high:.4g}]" for name, (value, low, high) in found.items()}
-            like.setdefault(key, []).append([run.name, line.get("step", ""), *(cells.get(n, "") for n in names[key])])
-    for key, rows in like.items():
-        yield f"<h2>Scores</h2><p>{html.escape('; '.join(key))}</p>"
-        yield _table(("run", "step", *names[key]), rows)
+            told = (f"{k} {v}" for k, v in line.items() if not isinstance(v, list) and k not in ("samples", "step"))
+            alike.setdefault("; ".join(told), []).append((run.name, line))
+    for title, lines in alike.items():
+        metrics = list(dict.fromkeys(k for _, line in lines for k, v in line.items() if isinstance(v, list)))
+        cell = lambda value: "{:.4g} [{:.4g}, {:.4g}]".format(*value) if value else ""  # noqa: E731
+        yield f"<h2>Scores</h2><p>{html.escape(title)}</p>"
+        rows = [(name, line.get("step", ""), *(cell(line.get(metric)) for metric in metrics)) for name, line in lines]
+        yield _table(("run", "step", *metrics), rows)
 
 
 def _grids(runs: Sequence[Run]) -> Iterator[str]:

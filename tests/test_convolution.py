@@ -81,8 +81,8 @@ def test_no_kernel_is_transposed_for_the_gradient_of_the_input():
 
 def test_limits_are_reached(monkeypatch):
     """Every way is taken by some case above."""
-    taken = set()
-    for name in ("_xla", "_rows", "_input_gradient", "_reads", "_put"):
+    taken, ways = set(), {"_xla", "_rows", "_input_gradient", "_reads", "_put"}
+    for name in ways:
         inner = getattr(convolution, name)
         monkeypatch.setattr(
             convolution, name, lambda *args, _name=name, _inner=inner, **kw: (taken.add(_name), _inner(*args, **kw))[1]
@@ -90,4 +90,4 @@ def test_limits_are_reached(monkeypatch):
     for case in CASES:
         x, kernel = _arrays(case)
         jax.eval_shape(jax.grad(lambda k, x=x, case=case: convolve(x, k, *case[4:6]).sum()), kernel)
-    assert taken == {"_xla", "_rows", "_input_gradient", "_reads", "_put"}
+    assert taken == ways

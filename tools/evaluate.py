@@ -14,7 +14,6 @@ printed with them.
 import argparse
 import dataclasses
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from jdiff import command
 
 
 def main() -> int:
@@ -46,33 +47,29 @@ def main() -> int:
     run.add_argument("--batch-size", type=int, default=64)
     run.add_argument("--weights", choices=("ema", "raw"), default="ema")
     run.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return evaluate(options)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
+    return command.run("evaluate.py", evaluate, parser.parse_args())
 
 
 def evaluate(options: argparse.Namespace) -> int:
     """The work behind `main`."""
-    for name in ("num", "image_size", "steps", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}={value} must be above 0")
+    command.check_above_zero(options, ("num", "image_size", "steps", "batch_size"))
     from jdiff import runtime
     from jdiff.evaluate.features import open_network
-    from jdiff.evaluate.pictures import batches, moments_of, open_pictures, save_moments
-    from jdiff.evaluate.scores import Reference, scores
+    from jdiff.evaluate.pictures import batches, holds_pictures, moments_of, open_pictures, save_moments
+    from jdiff.evaluate.scores import OF_PICTURES, Reference, check_metrics, check_network, scores
     from jdiff.report import SCORES
 
     runtime.prepare(runtime.cpu_devices(options.batch_size, least=1))
     metrics = options.metrics.split(",")
-    reference = None
-    if options.reference and options.reference.endswith(".npz"):
-        reference = moments_of(options.reference)
+    of_pictures = not set(metrics).isdisjoint(OF_PICTURES)
+    if options.save_reference and not options.reference:
+        raise ValueError("--save-reference keeps a --reference: give one")
+    stored = options.reference and options.reference.endswith(".npz")
+    reference = moments_of(options.reference) if stored else None
+    check_metrics(metrics, options.reference, pictures=reference is None or holds_pictures(options.reference))
     network = open_network(options.network, options.resize)
+    if reference:
+        check_network(reference, network.title)
     size = options.image_size
     facts: dict[str, Any] = {}
     if (Path(options.samples) / "checkpoints").is_dir():
@@ -83,14 +80,13 @@ def evaluate(options: argparse.Namespace) -> int:
         size = size or pictures.shape[1]
         made, title = batches(pictures, options.num), options.samples
     samples = network.features(made)
-    if options.reference and (reference is None or needs_pictures(metrics, options.reference)):
+    if options.reference and (reference is None or of_pictures):
         found = network.features(batches(open_pictures(options.reference, size), options.num))
-        seen = Reference.of(f"{len(found)} of {options.reference}", found)
-        # a file with both, as ADM's: moments of all its pictures were kept with them
-        reference = seen if reference is None else dataclasses.replace(reference, features=found)
-    if options.save_reference:
         if reference is None:
-            raise ValueError("--save-reference keeps a --reference: give one")
+            reference = Reference.of(f"{len(found)} of {options.reference}", found)
+        else:  # a file of both, as ADM's, has the moments of all its pictures
+            reference = dataclasses.replace(reference, features=found)
+    if options.save_reference and reference:
         save_moments(options.save_reference, reference)
     results = scores(samples, reference, metrics, resamples=options.resamples, seed=options.seed)
     facts |= {
@@ -110,12 +106,6 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def needs_pictures(metrics: list[str], path: str) -> bool:
-    """Whether a metric takes more of a reference than its moments, and the .npz has more."""
-    with np.load(path, allow_pickle=False) as file:
-        return "arr_0" in file and not {"kid", "precision", "recall"}.isdisjoint(metrics)
-
-
 def needed(size: int | None, source: str) -> int:
     """--image-size, which an .npz alone does without."""
     if size is None and not source.endswith(".npz"):
@@ -129,7 +119,7 @@ def from_run(options: argparse.Namespace) -> tuple[Iterator[np.ndarray], dict[st
     from jdiff import checkpoint
     from jdiff.pipelines import ClassPipeline
 
-    step = options.step or checkpoint.steps(Path(options.samples))[-1]
+    step = max(checkpoint.steps(Path(options.samples)), default=None) if options.step is None else options.step
     pipe = jdiff.pipeline(options.samples, weights=options.weights, step=step)
     if not isinstance(pipe, ClassPipeline):
         raise ValueError(f"{options.samples} takes prompts: make pictures with tools/sample.py --npz, and score those")

@@ -6,10 +6,11 @@ A run's own page, runs/a/report.html, is written as it trains.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import Any
+
+from jdiff import command
 
 
 def main() -> int:
@@ -17,16 +18,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a training run's workdir")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return report(options.runs, options.out)
-    except (ValueError, OSError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        return 2
+    return command.run("report.py", report, parser.parse_args())
 
 
-def report(workdirs: list[Path], out: Path) -> int:
+def report(options: argparse.Namespace) -> int:
     """The work behind `main`."""
     import dataclasses
 
@@ -34,10 +29,10 @@ def report(workdirs: list[Path], out: Path) -> int:
     from jdiff.report import read_run, write_page
 
     runtime.prepare()
-    runs = [read_run(workdir, settings(workdir)) for workdir in workdirs]
+    runs = [read_run(workdir, settings(workdir)) for workdir in options.runs]
     if len({run.name for run in runs}) < len(runs):  # of several folders: told apart by their paths
-        runs = [dataclasses.replace(run, name=str(path)) for run, path in zip(runs, workdirs, strict=True)]
-    print(f"report: {write_page(runs, out)}")
+        runs = [dataclasses.replace(run, name=str(path)) for run, path in zip(runs, options.runs, strict=True)]
+    print(f"report: {write_page(runs, options.out)}")
     return 0
 
 

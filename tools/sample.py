@@ -13,7 +13,6 @@ previews at the latents' resolution.
 """
 
 import argparse
-import logging
 import math
 import sys
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
+
+from jdiff import command
 
 BY_LABELS = ("labels", "sampler", "guidance_channels", "guidance_interval")
 BY_PROMPTS = ("prompt", "negative", "image", "mask", "strength", "scheduler", "size", "clip_skip")
@@ -95,21 +96,12 @@ def main() -> int:
     prompts.add_argument("--scheduler", help="another than the model's own: euler, dpmpp_2m, unipc, ...")
     prompts.add_argument("--size", help="of the pictures, N or HEIGHTxWIDTH; --image and --mask are resized to it")
     prompts.add_argument("--clip-skip", type=int, help="how many of the text encoder's last layers to leave out")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return sample(options)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
+    return command.run("sample.py", sample, parser.parse_args())
 
 
 def sample(options: argparse.Namespace) -> int:
     """The work behind `main`."""
-    for name in ("steps", "batch_size", "num"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}={value} must be above 0")
+    command.check_above_zero(options, ("steps", "batch_size", "num"))
     import jax
 
     import jdiff

@@ -88,6 +88,12 @@ def moments_of(path: str) -> Reference | None:
     return Reference(f"{path} ({title})" if title else path, **found, network=network)
 
 
+def holds_pictures(path: str) -> bool:
+    """Whether an .npz has pictures, beside moments or alone."""
+    with _npz(path) as file:
+        return "arr_0" in file
+
+
 def _npz(path: str) -> np.lib.npyio.NpzFile:
     try:
         file = np.load(Path(path), allow_pickle=False)
