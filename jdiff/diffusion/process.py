@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jdiff.diffusion.loss import flow_loss, gaussian_loss
-from jdiff.diffusion.sampler import ddim, ddpm, flow_euler, flow_heun
+from jdiff.diffusion.sampler import Part, ddim, ddpm, flow_euler, flow_heun
 from jdiff.diffusion.schedule import (
     ModelFn,
     Schedule,
@@ -77,19 +77,28 @@ class Process:
         )
         return {**losses, "time": t_B / len(self.schedule)}
 
-    def sample(self, denoise: ModelFn, x_T: jax.Array, keys_B: jax.Array, sampler: str, steps: int) -> jax.Array:
-        """Noise -> data by one of `samplers`; ValueError for another name or a number of steps that does not fit."""
+    def sample(
+        self,
+        denoise: ModelFn,
+        x_T: jax.Array,
+        keys_B: jax.Array,
+        sampler: str,
+        steps: int,
+        part: Part | None = None,
+    ) -> jax.Array:
+        """Noise -> data by one of `samplers`, or some of its steps; ValueError for another name or a number of steps that does
+        not fit."""
         if sampler not in self.samplers:
             raise ValueError(f"sampler={sampler!r} does not fit this model; use one of {list(self.samplers)}")
         if self.schedule is None:
-            return {"euler": flow_euler, "heun": flow_heun}[sampler](denoise, x_T, steps)
+            return {"euler": flow_euler, "heun": flow_heun}[sampler](denoise, x_T, steps, part)
         # a schedule that ends in pure noise must be entered at its end (arXiv:2305.08891, section 3.3)
         spacing = "trailing" if self.schedule.alphas_cumprod[-1] == 0 else "sections"
         kept = respace(self.schedule, steps, spacing=spacing)
+        settings: dict[str, Any] = {"steps": None, "prediction_type": self.prediction_type, "part": part}
         if sampler == "ddim":
-            return ddim(denoise, kept, x_T, keys_B, steps=None, prediction_type=self.prediction_type)
-        prediction_type, variance = self.prediction_type, self.variance
-        return ddpm(denoise, kept, x_T, keys_B, steps=None, prediction_type=prediction_type, variance=variance)
+            return ddim(denoise, kept, x_T, keys_B, **settings)
+        return ddpm(denoise, kept, x_T, keys_B, variance=self.variance, **settings)
 
 
 def make_process(settings: Mapping[str, Any], learn_sigma: bool) -> Process:

@@ -25,6 +25,9 @@ from jdiff.diffusion.schedule import (
 )
 
 Steps = int | str | Sequence[int] | None
+Part = tuple[int | jax.Array, int | jax.Array]
+"""(first, last): the steps `first`..`last` - 1 alone, numbers or traced; what a sampler begins with is then what the part before
+gave. Traced bounds compile once for all parts, and take the reverse-mode gradient away."""
 
 
 def ddpm(
@@ -37,6 +40,7 @@ def ddpm(
     prediction_type: str = "eps",
     variance: str = "learned_range",
     clip_denoised: bool = False,
+    part: Part | None = None,
 ) -> jax.Array:
     """Ancestral sampling, DDPM (2006.11239) algorithm 2 on a respaced schedule (2102.09672, section 4).
 
@@ -48,6 +52,7 @@ def ddpm(
       steps: what `respace` takes; 250 as DiT's `sample.py`.
       variance: `learned_range`, or `fixed_small` (posterior variance), or `fixed_large` (beta).
       clip_denoised: clip each predicted x_0 to [-1, 1]: for pixels, not for latents.
+      part: all steps when None.
 
     Raises:
       ValueError: unknown names, steps that do not fit, wrong channels, eps prediction at zero terminal SNR.
@@ -67,7 +72,7 @@ def ddpm(
         noise = sample_noise(key_B, x.shape[1:], x.dtype) * (t_B[0] > 0)
         return posterior_mean(schedule, x_0, x, t_B) + jnp.exp(0.5 * log_variance) * noise
 
-    return _loop(denoise, schedule, x_T, keys_B, step)
+    return _loop(denoise, schedule, x_T, keys_B, step, part)
 
 
 def ddim(
@@ -80,6 +85,7 @@ def ddim(
     eta: float = 0.0,
     prediction_type: str = "eps",
     clip_denoised: bool = False,
+    part: Part | None = None,
 ) -> jax.Array:
     """DDIM sampling (2010.02502, eq. 12); arguments as `ddpm`, a variance half of the model is ignored.
 
@@ -106,21 +112,21 @@ def ddim(
         x = take(np.sqrt(abar_prev), t_B, x) * x_0 + take(of_eps, t_B, x) * eps
         return x if key_B is None else x + take(sigma, t_B, x) * sample_noise(key_B, x.shape[1:], x.dtype)
 
-    return _loop(denoise, schedule, x_T, keys_B if eta else None, step)
+    return _loop(denoise, schedule, x_T, keys_B if eta else None, step, part)
 
 
-def flow_euler(denoise: ModelFn, x_T: jax.Array, steps: int) -> jax.Array:
+def flow_euler(denoise: ModelFn, x_T: jax.Array, steps: int, part: Part | None = None) -> jax.Array:
     """Euler's method on a velocity model from noise at time 0 to data at time 1, in equal steps.
 
     The model is given t_B in [0, 1) in x's dtype; of 2C channels the second half is ignored (SiT,
     2401.08740). diffusers counts the other way: its sigma is 1 - t and its model output is minus ours.
     """
-    return _integrate(denoise, x_T, steps, heun=False)
+    return _integrate(denoise, x_T, steps, part, heun=False)
 
 
-def flow_heun(denoise: ModelFn, x_T: jax.Array, steps: int) -> jax.Array:
+def flow_heun(denoise: ModelFn, x_T: jax.Array, steps: int, part: Part | None = None) -> jax.Array:
     """Heun's second-order method, two model calls a step; otherwise as `flow_euler`."""
-    return _integrate(denoise, x_T, steps, heun=True)
+    return _integrate(denoise, x_T, steps, part, heun=True)
 
 
 def _prepare(schedule: Schedule, steps: Steps, prediction_type: str) -> Schedule:
@@ -129,7 +135,7 @@ def _prepare(schedule: Schedule, steps: Steps, prediction_type: str) -> Schedule
     return schedule
 
 
-def _loop(denoise, schedule, x_T, keys_B, step):
+def _loop(denoise, schedule, x_T, keys_B, step, part):
     timesteps = jnp.asarray(schedule.timesteps)
 
     def body(i, x):
@@ -138,7 +144,8 @@ def _loop(denoise, schedule, x_T, keys_B, step):
         key_B = None if keys_B is None else jax.vmap(jax.random.fold_in)(keys_B, timesteps[t_B])
         return step(x, t_B, key_B, prediction, rest).astype(x.dtype)
 
-    return jax.lax.fori_loop(0, len(schedule), body, upcast(x_T))
+    first, last = part or (0, len(schedule))
+    return jax.lax.fori_loop(first, last, body, upcast(x_T))
 
 
 def _denoised(schedule, prediction, x, t_B, prediction_type, clip):
@@ -149,7 +156,7 @@ def _denoised(schedule, prediction, x, t_B, prediction_type, clip):
     return x_0, split_prediction(schedule, x_0, x, t_B, "x0")[1]
 
 
-def _integrate(denoise, x_T, steps, heun):
+def _integrate(denoise, x_T, steps, part, heun):
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     x_T = upcast(x_T)
@@ -165,4 +172,5 @@ def _integrate(denoise, x_T, steps, heun):
             v = 0.5 * (v + velocity(x + dt * v, times[i + 1]))
         return (x + dt * v).astype(x.dtype)
 
-    return jax.lax.fori_loop(0, steps, body, x_T)
+    first, last = part or (0, steps)
+    return jax.lax.fori_loop(first, last, body, x_T)

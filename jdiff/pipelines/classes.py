@@ -13,9 +13,11 @@ from jdiff import diffusion, sharding
 from jdiff.diffusion.process import Process
 from jdiff.pipelines.loras import WithLoras
 from jdiff.pipelines.pictures import to_uint8
+from jdiff.pipelines.progress import Callback, Report
 from jdiff.pipelines.rows import gather, over, pinned, spread
 
 Preview = Callable[[np.ndarray], np.ndarray]
+STATIC = ("guidance_scale", "guidance_channels", "guidance_rescale", "guidance_interval", "sampler", "steps")
 
 
 class ClassPipeline(WithLoras):
@@ -42,9 +44,14 @@ class ClassPipeline(WithLoras):
         self.class_names, self.preview = list(class_names), preview or to_uint8
 
     @cached_property
+    def _begin(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        return jax.jit(partial(_begin, self.mesh, self.model))
+
+    @cached_property
     def _denoise(self) -> Callable[..., jax.Array]:
-        static = ("guidance_scale", "guidance_channels", "guidance_rescale", "guidance_interval", "sampler", "steps")
-        return jax.jit(partial(_denoise, self.mesh, self.model, self.process), static_argnames=static)
+        """Some steps: their bounds are traced, so a call in parts compiles once."""
+        fixed = partial(_denoise, self.mesh, self.model, self.process)
+        return jax.jit(fixed, static_argnames=STATIC, donate_argnames="x_BHWC")
 
     def __call__(
         self,
@@ -59,12 +66,15 @@ class ClassPipeline(WithLoras):
         seed: int = 0,
         first_index: int = 0,
         params: Any = None,
+        callback: Callback | None = None,
+        callback_every: int = 1,
     ) -> np.ndarray:
         """Samples one picture a label: float32 (len(labels), H, W, C), in [-1, 1] for pixels, latents as the model has them.
 
         Picture i depends on (seed, first_index + i, its label) alone, whatever batch it stands in. sampler: of the
         process's `samplers`, the quick deterministic one (ddim, euler) when None. guidance_channels=3 is the official
-        DiT sampler. params: other parameters than the pipeline's own, same tree.
+        DiT sampler. params: other parameters than the pipeline's own, same tree. callback: told every `callback_every` steps
+        and at the end; see `progress.Callback`.
 
         ValueError for a label out of range, or guidance on a model without an unconditional label.
         """
@@ -78,23 +88,29 @@ class ClassPipeline(WithLoras):
             raise ValueError(
                 f"guidance={guidance_scale} needs an unconditional label; this model has label_dropout=0: use 1"
             )
+        if steps < 1:
+            raise ValueError(f"steps={steps} must be above 0")
         if not len(labels):
             raise ValueError("labels is empty: give at least one")
         inputs = {
             "label": np.asarray(labels, np.int32),
             "index": (first_index + np.arange(len(labels))).astype(np.uint32),
         }
-        x_BHWC = self._denoise(
-            self.params if params is None else params,
-            spread(self.mesh, inputs, 1 if guidance_scale == 1 else 2),
-            jax.random.key(seed),
-            guidance_scale=float(guidance_scale),
-            guidance_channels=guidance_channels,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            sampler=sampler or self.process.samplers[-1 if self.process.schedule is not None else 0],
-            steps=steps,
-        )
+        inputs = spread(self.mesh, inputs, 1 if guidance_scale == 1 else 2)
+        settings = {
+            "guidance_scale": float(guidance_scale),
+            "guidance_channels": guidance_channels,
+            "guidance_rescale": guidance_rescale,
+            "guidance_interval": guidance_interval,
+            "sampler": sampler or self.process.samplers[-1 if self.process.schedule is not None else 0],
+            "steps": steps,
+        }
+        params = self.params if params is None else params
+        x_BHWC, keys_B = self._begin(inputs["index"], jax.random.key(seed))
+        report = Report(callback, callback_every, steps)
+        for first, last in report.parts():
+            x_BHWC = self._denoise(params, x_BHWC, inputs["label"], keys_B, first, last, **settings)
+            report(last, x_BHWC, lambda x=x_BHWC: self.pictures(gather(x)[: len(labels)]))
         return gather(x_BHWC)[: len(labels)]
 
     def many(self, labels: Sequence[int], batch_size: int, **settings: Any) -> Iterator[np.ndarray]:
@@ -110,13 +126,23 @@ class ClassPipeline(WithLoras):
         return self.preview(samples_BHWC)
 
 
+def _begin(mesh: Mesh, model: Any, index_B: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(noise, the keys of the steps), each sample's from its own index."""
+    keys_B2 = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(index_B)
+    shape = (model.image_size, model.image_size, model.channels)
+    return over(mesh, (diffusion.sample_noise(keys_B2[:, 0], shape), keys_B2[:, 1]))
+
+
 def _denoise(
     mesh: Mesh,
     model: Any,
     process: Process,
     params: Any,
-    inputs: dict[str, jax.Array],
-    key: jax.Array,
+    x_BHWC: jax.Array,
+    label_B: jax.Array,
+    keys_B: jax.Array,
+    first: int,
+    last: int,
     *,
     guidance_scale: float,
     guidance_channels: int | None,
@@ -125,17 +151,15 @@ def _denoise(
     sampler: str,
     steps: int,
 ) -> jax.Array:
-    """The one loop: each sample's noise from its own key, guidance around the model, the sampler around both."""
-    keys_B2 = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(inputs["index"])
-    shape = (model.image_size, model.image_size, model.channels)
-    x_T = diffusion.sample_noise(keys_B2[:, 0], shape)
+    """Steps `first`..`last` - 1 of the one loop: guidance around the model, the sampler around both."""
     guided = diffusion.guide(
         pinned(mesh, partial(model.apply, {"params": params})),
-        inputs["label"],
+        label_B,
         model.null_label,
         guidance_scale,
         channels=guidance_channels,
         rescale=guidance_rescale,
         interval=guidance_interval,
     )
-    return over(mesh, process.sample(pinned(mesh, guided), x_T, keys_B2[:, 1], sampler, steps).astype(jnp.float32))
+    made = process.sample(pinned(mesh, guided), x_BHWC, keys_B, sampler, steps, (first, last))
+    return over(mesh, made.astype(jnp.float32))

@@ -19,6 +19,7 @@ from jdiff.diffusion import Plan, Scheduler, schedulers
 from jdiff.models.vae import decode_tiled
 from jdiff.pipelines.loras import WithLoras
 from jdiff.pipelines.pictures import to_uint8
+from jdiff.pipelines.progress import Callback, Report
 from jdiff.pipelines.request import Geometry, Pictures, Request, make_request
 from jdiff.pipelines.rows import gather, in_slices, on_fewest, over, pinned, place, spread
 from jdiff.version import __version__
@@ -28,7 +29,6 @@ TILED_ABOVE = 96
 PIXELS_AT_ONCE = 2**19
 """How many pixels a device decodes or encodes at once; more go one after another. 512 x 512 takes about a GiB."""
 
-Callback = Callable[[int, int, Callable[[], np.ndarray]], None]
 Carry = tuple[jax.Array, ...]
 Output = Literal["pil", "np", "latent"]
 
@@ -148,8 +148,6 @@ class TextPipeline(WithLoras):
         """
         if output not in ("pil", "np", "latent"):
             raise ValueError(f"output={output!r} is unknown; use 'pil', 'np' or 'latent'")
-        if callback_every < 1:
-            raise ValueError(f"callback_every={callback_every} must be above 0")
         request = self._request(
             prompt,
             scheduler=scheduler,
@@ -168,10 +166,9 @@ class TextPipeline(WithLoras):
             clip_skip=clip_skip,
             noise=noise,
         )
-        report = _Report(callback, callback_every, request.plan.calls)
         weights = self.params if params is None else {**self.params, **place(self.mesh, params)}
         groups = self._by_length(request)
-        report.total *= len(groups)
+        report = Report(callback, callback_every, request.plan.calls, len(groups))
         made: list[np.ndarray] = [np.empty(0)] * len(request.prompts)
         for rows, words in groups:
             for row, array in zip(rows, self._make(request, rows, words, weights, output, report), strict=True):
@@ -235,7 +232,7 @@ class TextPipeline(WithLoras):
         words: dict[str, np.ndarray],
         params: Mapping[str, Any],
         output: Output,
-        report: "_Report",
+        report: Report,
     ) -> np.ndarray:
         """The pictures of some rows, (rows, H, W, 3) in [-1, 1], or their latents."""
         plan = request.plan
@@ -411,21 +408,3 @@ def _loop(
         noise_fn=None if steps_BMhwC is None else lambda i: steps_BMhwC[:, i],
     )
     return over(mesh, found)
-
-
-class _Report:
-    """Tells a callback how far a call is, over all its groups of rows."""
-
-    def __init__(self, callback: Callback | None, every: int, calls: int):
-        self.callback, self.calls, self.total, self.before = callback, calls, calls, 0
-        self.every = calls if callback is None else every
-
-    def parts(self) -> list[tuple[int, int]]:
-        """(first, last) of each part between two reports."""
-        return [(i, min(i + self.every, self.calls)) for i in range(0, self.calls, self.every)]
-
-    def __call__(self, done: int, x: jax.Array, preview: Callable[[], np.ndarray]) -> None:
-        if self.callback is not None:
-            jax.block_until_ready(x)  # else calls are reported as they are queued
-            self.callback(self.before + done, self.total, preview)
-        self.before += self.calls * (done == self.calls)
