@@ -1,7 +1,7 @@
 """From a path to something that runs: `load` gives (model, params), `pipeline` a sampler around them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +86,8 @@ def load(
     opened = open_checkpoint(path, weights=weights, step=step, mesh=mesh)
     module, params = opened.models[opened.main]
     all_params = {name: params for name, (_, params) in opened.models.items()}
-    attached, _ = attach(opened, {**all_params, opened.main: on(mesh, params)}, lora, mesh)
+    modules = {name: module for name, (module, _) in opened.models.items()}
+    attached, _ = attach(modules, {**all_params, opened.main: on(mesh, params)}, lora, mesh)
     return module, place(mesh, attached[opened.main])
 
 
@@ -280,13 +281,14 @@ def check_base(record: dict[str, Any], params: Any, what: str) -> None:
             )
 
 
-def attach(opened: Opened, params: Any, loras: Loras, mesh: Mesh) -> tuple[Any, list[tuple[str, float]]]:
+def attach(modules: Mapping[str, Any], params: Any, loras: Loras, mesh: Mesh) -> tuple[Any, list[tuple[str, float]]]:
     """(params, by model, with the adapters of some files or LoRA runs attached, each one's name and strength).
 
-    ValueError when a file has adapters for a model that is not among params, or a run's were trained on another base.
+    modules: params' own, by name. ValueError when a file has adapters for a model that is not among params, or a run's were
+    trained on another base.
     """
     base, names = params, []
-    modules = {name: opened.models[name][0] for name in params}
+    modules = {name: modules[name] for name in params}
     for entry in loras:
         path, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
         if (Path(path) / "checkpoints").is_dir():
@@ -327,7 +329,7 @@ def pipeline(
     opened = open_checkpoint(path, weights=weights, step=step, mesh=mesh, dtype=dtype)
     modules = {name: module for name, (module, _) in opened.models.items()}
     if opened.main == "dit":
-        params, names = attach(opened, on(mesh, {"dit": opened.models["dit"][1]}), lora, mesh)
+        params, names = attach(modules, on(mesh, {"dit": opened.models["dit"][1]}), lora, mesh)
         return _class_pipeline(opened, params["dit"], names, mesh, DTYPES[vae_precision])
     if opened.meta is not None and opened.main != "unet":
         task = opened.meta["config"]["task"]
@@ -343,7 +345,7 @@ def pipeline(
                 f"{path} holds no tokenizer: give tokenizer=, its folder or the hub's openai/clip-vit-large-patch14"
             )
         words = Tokenizer.from_folder(tokenizer_folder(tokenizer))
-    params, names = attach(opened, on(mesh, {name: opened.models[name][1] for name in modules}), lora, mesh)
+    params, names = attach(modules, on(mesh, {name: opened.models[name][1] for name in modules}), lora, mesh)
     record = opened.scheduler
     return TextPipeline(
         modules["unet"],

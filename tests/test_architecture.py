@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    *({"train"}, {"tasks"}, {"evaluate"}, {"loading"}, {"pipelines"}, {"convert"}, {"checkpoint"}),
+    *({"train"}, {"tasks"}, {"app", "evaluate"}, {"loading"}, {"pipelines"}, {"convert"}, {"checkpoint"}),
     *({"report"}, {"logbook", "meter", "interrupt", "runtime", "command"}, {"data"}, {"tokens"}, {"config"}),
     *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights"}),
     *({"convolution", "tree"}, {"paths", "version"}),
