@@ -27,7 +27,8 @@ def cpu_devices(rows: int, data: int = -1, fsdp: int = 1, least: int = LEAST_ROW
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if (data, fsdp) != (-1, 1):
-        return data * fsdp if 1 <= data * fsdp <= cores and data > 0 else 1
+        asked = fsdp if data == -1 else data * fsdp
+        return asked if 1 <= asked <= cores else 1
     return max(n for n in range(1, max(1, min(cores, rows // least)) + 1) if rows % n == 0)
 
 

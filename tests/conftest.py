@@ -1,12 +1,14 @@
 """What the tests share: eight virtual devices, commands run as a user runs them, tiny models and pictures."""
 
+import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,21 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], 
         assert process.poll() is None, f"ended too early: {process.communicate()}"
         assert time.monotonic() < end, "the condition never came true"
         time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def serving(commands: Commands, *arguments: object, cwd: Path = ROOT) -> Iterator[str]:
+    """tools/app.py on a port of its own, ended by Ctrl-C; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = commands.start("tools/app.py", *arguments, "--port", port, cwd=cwd)
+    try:
+        assert process.stdout.readline().startswith(f"listening on http://127.0.0.1:{port}"), process.stderr.read()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0, process.stderr.read()
 
 
 def make_pictures(folder: Path, classes: Sequence[str] = ("ant", "bee"), each: int = 12) -> Path:

@@ -1,16 +1,14 @@
 """The app as a user has it: in headless Chromium, and by HTTP."""
 
-import contextlib
 import io
 import re
 import shutil
-import socket
-import threading
 import urllib.error
 import urllib.request
 
 import numpy as np
 import pytest
+from conftest import serving
 from PIL import Image
 from test_app import make_lora
 from tiny_sd import make_folder
@@ -21,31 +19,6 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH"),
 ]
 WAIT = 180_000
-
-
-@contextlib.contextmanager
-def serving(commands, *arguments):
-    """tools/app.py on a port of its own; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = commands.start("tools/app.py", *arguments, "--port", port)
-    lines: list[str] = []
-    up = threading.Event()
-
-    def read():
-        for line in process.stdout:
-            lines.append(line)
-            up.set()
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        assert up.wait(120), process.poll()
-        assert lines[0].startswith(f"listening on http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(2)
-        assert process.wait(30) == 0, process.stderr.read()
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_pictures
+from conftest import ROOT, TINY, make_pictures, serving
 from PIL import Image
 from test_inception import Peer, state
 from tiny_sd import make_folder
 
-PAGES = ("docs/stable_diffusion.md", "docs/lora.md", "README.md", "docs/evaluate.md", "docs/convert.md")
+PAGES = (
+    *("docs/stable_diffusion.md", "docs/lora.md", "README.md", "docs/train.md", "docs/sample.md", "docs/scale.md"),
+    *("docs/evaluate.md", "docs/app.md", "docs/convert.md"),
+)
 """What one makes the next ones take: a Stable Diffusion run, a LoRA, pictures of classes."""
 TWO_STEPS = ("--config.total_steps=2", "--config.sample.steps=2", "--config.log.tensorboard=false")
 LITTLE_SD = ("--config.batch_size=8", "--config.data.workers=0", *TWO_STEPS)
@@ -102,12 +105,16 @@ def test_every_command_of_the_docs_runs(commands, tmp_path):
     count, failed = 0, []
     for page in PAGES:
         for _, script, *arguments in commands_of(page):
-            done = commands.run(script, *arguments, *small(script, arguments), cwd=tmp_path)
+            count += 1
+            if script == "tools/app.py":  # it runs until Ctrl-C
+                with serving(commands, *arguments, cwd=tmp_path):
+                    continue
+            devices = 2 if any("fsdp" in argument for argument in arguments) else 1
+            done = commands.run(script, *arguments, *small(script, arguments), cwd=tmp_path, devices=devices)
             if done.returncode:
                 failed.append(f"{page}: {script} {shlex.join(arguments)}\n{done.stderr[-1000:]}")
-            count += 1
     assert not failed, "\n".join(failed)
-    assert count >= 30
+    assert count >= 40
     assert Image.open(tmp_path / "grid.png").width > 8 and (tmp_path / "adapted.png").exists()
 
 
