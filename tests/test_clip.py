@@ -1,17 +1,26 @@
 """CLIP's two towers, its folder and its preparation of pictures equal transformers', on the same random weights."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from tiny_sd import captions, make_clip
 from transformers import CLIPConfig, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import jdiff
 from jdiff import convert, models, tree
+from jdiff.evaluate.clip import prepared
+from jdiff.evaluate.networks import open_network
+from jdiff.evaluate.pictures import open_pictures, prompts_of
+from jdiff.evaluate.scores import check_metrics, scores
+from jdiff.tokens import Tokenizer
 
 TINY_CLIP = {
     "text_config": {
@@ -148,3 +157,95 @@ def test_full_size_large_equals_transformers():
     }
     config["vision_config"] |= {"num_attention_heads": 16, "patch_size": 14}
     assert compare(make_peer(config), "fp32") == models.create("CLIP-ViT-L/14")
+
+
+# Scores
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small CLIP as transformers saves it, with a tokenizer that was learnt from captions."""
+    path = tmp_path_factory.mktemp("clip") / "CLIP"
+    tokenizer = make_clip(path)
+    return path, tokenizer
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (57, 41), (24, 20), (100, 256), (16, 64)])
+def test_pictures_are_prepared_as_transformers_does(shape):
+    image = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
+    image[1] = np.kron(image[1, ::4, ::4], np.ones((4, 4, 1), np.uint8))[: shape[0], : shape[1]]  # overshoots at edges
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    expected = processor(list(map(Image.fromarray, image)), return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    found = np.asarray(prepared(image, 32))
+    step = 1 / 255 / 0.26  # PIL's sums are of whole numbers, so one that lies half way may go to the other byte
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1.05 * step)
+    assert (np.abs(found - expected) > 1e-5).mean() < 1e-3
+
+
+def test_scores_by_text_equal_transformers(folder, commands, tmp_path):
+    path, tokenizer = folder
+    network = open_network(path)
+    rng = np.random.default_rng(0)
+    pictures, prompts = rng.integers(0, 256, (40, 20, 24, 3), dtype=np.uint8), captions()[:40]
+    samples = network.features([pictures[:25], pictures[25:]], prompts=prompts)
+    peer = CLIPModel.from_pretrained(path)
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})(
+        list(map(Image.fromarray, pictures)), return_tensors="pt"
+    )
+    words = tokenizer(prompts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        both = peer(**words, **pixels)
+    cosine = (both.image_embeds * both.text_embeds).sum(1).double().numpy()
+    score = scores(samples, None, ("clip",), resamples=200)["clip"]
+    assert score.value == pytest.approx(100 * np.maximum(cosine, 0).mean(), abs=0.02)  # of a byte here and there
+    deviation = 100 * np.maximum(cosine, 0).std(ddof=1) / 40**0.5
+    assert score.high - score.value == pytest.approx(1.96 * deviation, rel=0.2)
+    # the tool, of an .npz and of a folder with captions; and CLIP's space for other metrics
+    np.savez(tmp_path / "samples.npz", arr_0=pictures, prompt=np.asarray(prompts))
+    np.savez(tmp_path / "others.npz", arr_0=rng.integers(0, 256, (30, 20, 24, 3), dtype=np.uint8))
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i:02}.png")
+        (tmp_path / "pictures" / f"{i:02}.txt").write_text(prompts[i])
+    common = ("--network", path, "--resamples", 4, "--json", tmp_path / "scores.jsonl")
+    runs = (
+        ("samples.npz", "--metrics", "clip,fid,kid,precision", "--reference", tmp_path / "others.npz"),
+        ("pictures", "--metrics", "clip", "--image-size", 20),
+    )
+    for name, *options in runs:
+        done = commands.run("tools/evaluate.py", tmp_path / name, *options, *common)
+        assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert lines[0]["clip"][0] == pytest.approx(score.value, abs=1e-6) and lines[0]["kid"][1] < lines[0]["kid"][0]
+    assert lines[1]["clip"][0] != lines[0]["clip"][0] and lines[1]["network"].startswith("CLIP ")
+
+
+def test_a_mistake_is_one_line(folder, tmp_path):
+    path, _ = folder
+    network = open_network(path)
+    image = np.zeros((2, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "bare.npz", arr_0=image)
+    (tmp_path / "many").mkdir()
+    Image.fromarray(image[0]).save(tmp_path / "many" / "a.png")
+    (tmp_path / "many" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["a fox", "a red fox"]}\n')
+    bare, many = (open_pictures(str(tmp_path / name), 8, captions=True) for name in ("bare.npz", "many"))
+    other = shutil.copytree(path, tmp_path / "other")
+    (other / "preprocessor_config.json").write_text(json.dumps({"do_resize": True, "size": {"shortest_edge": 224}}))
+    foreign = shutil.copytree(path, tmp_path / "foreign")
+    (foreign / "tokenizer.json").unlink()
+    Tokenizer.train(["a red fox"], 600).save(foreign)
+    cases = (
+        (r"CLIP reads 75 tokens, and this prompt has 80, so it has no score", lambda: network.texts(["fox " * 80])),
+        (r"there are 1 prompts for 2 pictures", lambda: network.features([image], prompts=["a"])),
+        (r"is takes the logits of classes, which CLIP", lambda: check_metrics(("is",), None, network=network)),
+        (r"clip takes texts beside pictures", lambda: scores(network.features([image]), None, ("clip",))),
+        (r"bare\.npz has no `prompt` for each picture", lambda: prompts_of("bare.npz", bare)),
+        (r"picture 0 has 2 captions, and a score is of one", lambda: prompts_of("many", many)),
+        (r"many has no texts", lambda: prompts_of("many", open_pictures(str(tmp_path / "many"), 8))),
+        (r"size=\{'shortest_edge': 224\} is not supported, only \{'shortest_edge': 32\}", lambda: open_network(other)),
+        (r"the tokenizer ends texts with \d+ at 77, CLIP with \d+ at 77", lambda: open_network(foreign)),
+    )
+    for said, call in cases:
+        with pytest.raises(ValueError, match=said) as error:
+            call()
+        assert "\n" not in str(error.value)
