@@ -15,13 +15,15 @@ from conftest import TINY, make_pictures, wait_until
 from PIL import Image
 
 import jdiff
-from jdiff import sharding
+from jdiff import checkpoint, sharding, train
+from jdiff import config as configs
 from jdiff.data import DataError
 from jdiff.evaluate.features import Network
 from jdiff.evaluate.moments import Moments
 from jdiff.evaluate.networks import open_network, resized
 from jdiff.evaluate.pictures import batches, moments_of, open_pictures, save_moments
 from jdiff.evaluate.scores import Reference, scores
+from jdiff.report import SPEED
 
 CLASSIFIER = ("--config.data.image_size=16", "--config.model.widths=8,16", "--config.batch_size=16")
 
@@ -237,3 +239,79 @@ def test_the_tool_scores_a_run_and_a_folder(commands, classifier, made, tmp_path
     np.testing.assert_allclose(fid, lines[1]["fid"], rtol=1e-6)
     wrong = commands.run("tools/evaluate.py", tmp_path / "pictures", *common, "--reference", "openmoji")
     assert wrong.returncode == 2 and wrong.stderr.strip().startswith("evaluate.py: --image-size is missing")
+
+
+def outcome(workdir, step=4):
+    """(a checkpoint's checksums and window, the records without the machine's speed, those of scores apart)."""
+    meta = checkpoint.read_meta(workdir, step)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    records = [{k: v for k, v in line.items() if k not in SPEED} for line in lines]
+    told = [r for r in records if "fid" in r]
+    return (meta["checksums"], meta["window"]), [r for r in records if r not in told], told
+
+
+def test_a_run_scores_itself_and_trains_as_without(commands, classifier, tmp_path):
+    keys = (*TINY, "--config.total_steps=4", "--config.checkpoint_every=2", "--config.log_every=3")
+    scoring = ("--config.eval_every=2", f"--config.eval.network={classifier}", "--config.eval.num=20")
+    scoring = (
+        *scoring,
+        "--config.eval.reference=30",
+        "--config.eval.resamples=3",
+        "--config.eval.metrics=fid,kid,recall",
+    )
+
+    def launch(name, *more):
+        done = commands.run(
+            "launch.py", "--config", "configs/quickstart.py", "--workdir", tmp_path / name, *keys, *more
+        )
+        assert done.returncode == 0, done.stderr
+        return outcome(tmp_path / name)
+
+    plain, scored = launch("plain"), launch("scored", *scoring)
+    assert scored[:2] == plain[:2] and plain[2] == []
+    assert [r["step"] for r in scored[2]] == [2, 4] and all(r["fid"] > 0 and 0 <= r["recall"] <= 1 for r in scored[2])
+    file = tmp_path / "scored" / "scores.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4] and lines[0]["reference"] == "30 of openmoji"
+    for line, record in zip(lines, scored[2], strict=True):
+        assert all(line[name][0] == record[name] and line[name][1] <= line[name][0] for name in ("fid", "kid"))
+    assert "recall" in (tmp_path / "scored" / "report.html").read_text()
+    # the tool says the same of the checkpoint
+    settings = ("--num", 20, "--steps", 2, "--guidance", 2.0, "--batch-size", 8, "--metrics", "fid,kid")
+    tool = ("tools/evaluate.py", tmp_path / "scored", "--network", classifier, "--reference", "openmoji", *settings)
+    done = commands.run(*tool, "--json", tmp_path / "json", "--resamples", 3)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "json").read_text())
+    same = set(told) - {"fid", "kid", "reference"}
+    assert {k: told[k] for k in same} == {k: lines[1][k] for k in same} and set(told) == set(lines[1]) - {"recall"}
+    # a step that is trained again is scored again, against features that are not made again, and stands there once
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "scored" / "features").rglob("*.npz")}
+    assert len(kept) == 1
+    shutil.rmtree(tmp_path / "scored" / "checkpoints" / "4")
+    assert launch("scored", *scoring) == scored
+    assert [json.loads(line) for line in file.read_text().splitlines()] == lines
+    assert kept == {p: p.stat().st_mtime_ns for p in (tmp_path / "scored" / "features").rglob("*.npz")}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("eval_every=2",), r"eval_every=2 needs a network to score by: --config\.eval\.network=…"),
+        (("eval_every=-2",), r"eval_every=-2 must not be below 0"),
+        (("eval_every=2", "eval.network=NETWORK", "eval.metrics=fdi"), r"'fdi' is unknown \(did you mean 'fid'"),
+        (
+            ("eval_every=2", "eval.network=NETWORK", "eval.metrics=sfid"),
+            r"sfid takes maps of features, which classifier",
+        ),
+        (("eval_every=2", "eval.network=NETWORK", "eval.metrics=psnr"), r"psnr compares picture by picture"),
+        (("eval_every=2", "eval.network=NETWORK", "eval.metrics=clip"), r"clip takes prompts, and a run of classes"),
+        (("eval_every=2", "eval.network=none/such"), r"none/such is neither a run"),
+    ],
+)
+def test_a_run_that_cannot_be_scored_is_refused_at_once(classifier, keys, said):
+    config = configs.load_file("configs/quickstart.py")
+    for key in keys:
+        configs.override(config, *key.replace("NETWORK", str(classifier)).split("="))
+    with pytest.raises(ValueError, match=said) as error:
+        train.Setup(config)
+    assert "\n" not in str(error.value)
