@@ -107,6 +107,14 @@ def _class_to_image() -> dict[str, Any]:
             "guidance": 4.0,
             "count": 16,  # pictures a grid; labels go round
         },
+        "eval_every": 0,  # steps between scores of the average's samples, made as those of `sample`; 0: none
+        "eval": {
+            "network": placeholder(str),  # whose features: a classifier's run, Inception's file or CLIP's folder
+            "metrics": ("fid", "kid"),  # fid | sfid | kid | is | precision | recall
+            "num": 1_000,  # samples; labels go round
+            "reference": 10_000,  # pictures of the data at most
+            "resamples": 20,  # bootstrap sets for an interval
+        },
     }
 
 
@@ -255,13 +263,13 @@ POSITIVE = (
     *("text.max_length", "buckets.step", "diffusion.timestep_bias.multiplier"),
     *("vae.block_out_channels", "vae.layers_per_block", "vae.latent_channels", "vae.norm_num_groups"),
     *("gan.width", "heldout.count", "lora.alpha", "lora.plus_ratio"),
-    *("model.widths", "model.norm_num_groups", "sample.rows"),
+    *("model.widths", "model.norm_num_groups", "sample.rows", "eval.num", "eval.reference"),
 )
 """Keys whose value, where one is set, is above 0: each number of a list."""
 NOT_NEGATIVE = (
     *("seed", "data.workers", "optim.warmup_steps", "optim.weight_decay", "text.clip_skip", "captions.keep_tags"),
     *("diffusion.noise_offset", "diffusion.input_perturbation", "lora.rank", "prior.weight"),
-    *("loss.kl_weight", "loss.edge_weight", "lpips.weight", "gan.start", "gan.weight"),
+    *("loss.kl_weight", "loss.edge_weight", "lpips.weight", "gan.start", "gan.weight", "eval_every", "eval.resamples"),
 )
 
 
@@ -342,6 +350,11 @@ def _check_diffusion(values: dict[str, Any]) -> None:
         )
     if values["diffusion.kind"] == "gaussian" and values["sample.steps"] > 1000:
         raise ValueError(f"sample.steps={values['sample.steps']} is more than the schedule's 1000")
+    if values["eval_every"] and values["eval.network"] is None:
+        raise ValueError(
+            f"eval_every={values['eval_every']} needs a network to score by: --config.eval.network=…, a run of "
+            "configs/classifier_openmoji.py or Inception's file; or set 0"
+        )
 
 
 def check_batch(batch_size: int, accumulate: int, devices: int) -> None:

@@ -67,7 +67,7 @@ class Logbook:
         self.close()
 
     def write(self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float]) -> None:
-        """One record: `metrics` are functions of the run, `speed` of the machine; they go to all places."""
+        """One record: `metrics` are functions of the run, `speed` of the machine, where it was taken; they go to all places."""
         if not self.active:
             return
         assert self._file is not None
@@ -78,8 +78,9 @@ class Logbook:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log({**metrics, **speed}, step=step)
-        shown = {"loss": f"{metrics['loss']:.4f}"} if "loss" in metrics else {}
-        self.bar.set_postfix({**shown, "img/s": f"{speed['images_per_second']:.1f}"}, refresh=False)
+        if speed:
+            shown = {"loss": f"{metrics['loss']:.4f}"} if "loss" in metrics else {}
+            self.bar.set_postfix({**shown, "img/s": f"{speed['images_per_second']:.1f}"}, refresh=False)
 
     def picture(self, step: int, name: str, image: Any) -> None:
         """A PIL image for wandb; its file is the caller's (TensorBoard's own writer takes scalars only)."""

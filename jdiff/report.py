@@ -26,7 +26,7 @@ SPEED = {
 """A record's numbers of the machine: a table's, not curves."""
 QUARTERS = tuple(f"loss_quarter_{i}" for i in range(1, 5))
 SCORES = "scores.jsonl"
-"""What tools/evaluate.py leaves in a workdir: a line a scoring."""
+"""What tools/evaluate.py and a run with eval_every leave in a workdir: a line a scoring."""
 MOST_GRIDS = 12
 MOST_GRIDS_EACH = 6
 """Of a run among several."""
@@ -88,7 +88,8 @@ def _speed(runs: Sequence[Run]) -> Iterator[str]:
     """Steps, the last loss, and medians of what the machine did (of memory the most)."""
     runs = [run for run in runs if run.records]
     rows = [("steps", *(f"{run.records[-1]['step']:,}" for run in runs))]
-    rows.append(("last loss", *(f"{run.records[-1].get('loss', float('nan')):.4g}" for run in runs)))
+    losses = [[r["loss"] for r in run.records if "loss" in r] or [float("nan")] for run in runs]
+    rows.append(("last loss", *(f"{found[-1]:.4g}" for found in losses)))
     for key, title in SPEED.items():
         values = [[r[key] for r in run.records if r.get(key) is not None] for run in runs]
         middle = max if "peak" in key else np.median

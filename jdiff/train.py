@@ -21,6 +21,7 @@ import optax
 
 from jdiff import checkpoint, data, optim, sharding, tree
 from jdiff import config as configs
+from jdiff.evaluate.training import Scoring
 from jdiff.interrupt import Signals, Stopped
 from jdiff.logbook import Logbook
 from jdiff.meter import Meter, Window
@@ -157,6 +158,7 @@ class Setup:
         configs.check(config, self.mesh.size)
         self.task = make_task(config, self.mesh, workdir)
         self.source = self.task.source
+        self.scoring = Scoring(config, self.source, self.mesh, workdir) if config.get("eval_every") else None
         o = config.optim
         self.lr = optim.make_schedule(o.schedule, o.lr, o.warmup_steps, config.total_steps)
         settings = {"plus_ratio": config.lora.plus_ratio}
@@ -320,6 +322,11 @@ class Run:
         facts = {**self.setup.facts(measures), "window": self.window.values}
         self.checkpoints.save(step, self.state.items(), facts)
 
+    def score(self, step: int) -> None:
+        """Scores of the average, as a record of their own."""
+        assert self.setup.scoring is not None
+        self.book.write(step, self.setup.scoring(self.task.samples(self.average()), step), {})
+
     def sample(self, step: int, measures: Mapping[str, float]) -> None:
         """The task's pictures from the average."""
         image, facts = self.task.grid(self.average())
@@ -346,6 +353,8 @@ def fit(config: configs.Config, workdir: Path) -> Path:
         with book, data.to_device(setup.batches(start, workdir), partial(sharding.put_batch, setup.mesh)) as batches:
             run = Run(setup, workdir, state, window, book, checkpoints)
             del state
+            if setup.scoring:
+                _ = setup.scoring.reference  # now, so that a picture that cannot be read ends no long run
             pending: tuple[int, Mapping[str, jax.Array], jax.Array] | None = None
             for step in range(start + 1, config.total_steps + 1):
                 batch = next(batches)
@@ -361,12 +370,15 @@ def fit(config: configs.Config, workdir: Path) -> Path:
                 last, stop = step == config.total_steps, signals.caught
                 saving = last or stop is not None or step % config.checkpoint_every == 0
                 sampling = stop is None and (last or step % config.sample_every == 0)
-                if saving or sampling:
+                scoring = stop is None and bool(setup.scoring) and (last or step % config.eval_every == 0)
+                if saving or sampling or scoring:
                     with run.meter.paused():
-                        measures = run.task.measure(run.average())
+                        measures = run.task.measure(run.average()) if saving or sampling else {}
                     run.read(*pending, batches.wait_seconds, measures if sampling else {})
                     pending = None
                     with run.meter.paused():
+                        if scoring:  # before the save: a run that is killed in it scores the step again
+                            run.score(step)
                         if saving:
                             run.save(step, measures)
                         if sampling:

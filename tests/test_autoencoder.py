@@ -1,6 +1,7 @@
 """Training the autoencoder: its losses equal an independent PyTorch in float64, and a run goes on as if uninterrupted."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -333,6 +334,70 @@ def test_a_run_records_its_reconstructions(whole):
         assert image.size == (4 * 66 + 2, 2 * 66 + 2)  # four originals above their reconstructions
     assert facts["psnr"] == last["psnr"] and facts["ssim"] == last["ssim"] and facts["step"] == 6
     assert (workdir / "report.html").read_text().count("data:image/png;base64,") == 3  # curves, two grids
+
+
+def scored(commands, *arguments):
+    """The line that a scoring adds."""
+    file = Path(arguments[-1])
+    done = commands.run("tools/evaluate.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text().splitlines()[-1])
+
+
+def test_the_tool_measures_reconstructions_as_the_run_does(whole, commands, image_folder, tmp_path):
+    workdir, found = whole
+    line = scored(
+        commands,
+        workdir,
+        "--reference",
+        image_folder,
+        "--num",
+        10,
+        "--metrics",
+        "psnr,ssim",
+        "--json",
+        tmp_path / "json",
+    )
+    # the tool's pictures are bytes, as they would be looked at
+    assert line["psnr"][0] == pytest.approx(found["measures"]["psnr"], abs=0.01)
+    assert line["ssim"][0] == pytest.approx(found["measures"]["ssim"], abs=1e-3)
+    assert line["count"] == 10 and line["step"] == 6 and "network" not in line
+
+
+def test_the_tool_compares_pictures_one_by_one(lpips_params, commands, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    y = np.clip(x + rng.normal(size=x.shape) * np.linspace(5, 60, 5)[:, None, None, None], 0, 255).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=x)
+    np.savez_compressed(tmp_path / "y.npz", arr_0=y)
+    save_file(torch_names(lpips_params), tmp_path / "lpips.safetensors")
+    a, b = x / 255, y / 255
+    params = jax.tree.map(lambda v: t(v), jax.tree.map(np.float64, lpips_params))
+    expected = {
+        "psnr": -10 * np.log10(((a - b) ** 2).mean((1, 2, 3))),
+        "ssim": [np.mean([plain_ssim(i[..., c], j[..., c]) for c in range(3)]) for i, j in zip(a, b, strict=True)],
+        "lpips": torch_lpips(params, nchw(2 * b - 1), nchw(2 * a - 1)).numpy(),
+    }
+    metrics = ("--metrics", "psnr,ssim,lpips", "--lpips", tmp_path, "--json", tmp_path / "json")
+    line = scored(commands, tmp_path / "y.npz", "--reference", tmp_path / "x.npz", *metrics)
+    for name, values in expected.items():
+        mean, error = np.mean(values), np.std(values, ddof=1) / 5**0.5
+        np.testing.assert_allclose(line[name], [mean, mean - 1.96 * error, mean + 1.96 * error], rtol=1e-4)
+    for name, pictures in (("x", x), ("y", y)):
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / name / f"{i}.png")
+    folders = (tmp_path / "y", "--reference", tmp_path / "x", "--image-size", 32)
+    again = scored(commands, *folders, *metrics)
+    assert {k: again[k] for k in expected} == {k: line[k] for k in expected}
+    (tmp_path / "y" / "3.png").rename(tmp_path / "y" / "33.png")
+    for options, said in (
+        (folders, "has 33 where"),
+        ((tmp_path / "y.npz", "--reference", tmp_path / "y", "--image-size", 16), "as shape"),
+        ((tmp_path / "y.npz",), "give a --reference of them"),
+    ):
+        wrong = commands.run("tools/evaluate.py", *options, *metrics)
+        assert wrong.returncode == 2 and said in wrong.stderr and len(wrong.stderr.splitlines()) == 1, wrong.stderr
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, commands, image_folder, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, TINY, make_pictures, serving
 from PIL import Image
 from test_inception import Peer, state
-from tiny_sd import make_folder
+from tiny_sd import make_clip, make_folder
 
 PAGES = (
     *("docs/stable_diffusion.md", "docs/lora.md", "README.md", "docs/train.md", "docs/sample.md", "docs/scale.md"),
@@ -73,6 +73,7 @@ def place(folder):
     shutil.copytree(base, folder / "TUNED")
     weights = next((folder / "TUNED" / "unet").glob("*.safetensors"))
     _shift(weights)
+    make_clip(folder / "clip-vit-base-patch32")
     for name in ("FOLDER", "PICTURES", "OTHERS"):
         make_pictures(folder / name, each=12)
     pictures = sorted((folder / "PICTURES").rglob("*.png"))

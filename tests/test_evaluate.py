@@ -2,22 +2,28 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, make_pictures
+from conftest import TINY, make_pictures, wait_until
 from PIL import Image
 
 import jdiff
-from jdiff import sharding
+from jdiff import checkpoint, sharding, train
+from jdiff import config as configs
 from jdiff.data import DataError
-from jdiff.evaluate.features import Network, open_network, resized
+from jdiff.evaluate.features import Network
 from jdiff.evaluate.moments import Moments
+from jdiff.evaluate.networks import open_network, resized
 from jdiff.evaluate.pictures import batches, moments_of, open_pictures, save_moments
 from jdiff.evaluate.scores import Reference, scores
+from jdiff.report import SPEED
 
 CLASSIFIER = ("--config.data.image_size=16", "--config.model.widths=8,16", "--config.batch_size=16")
 
@@ -114,7 +120,7 @@ def test_moments_of_a_file_are_a_reference(tmp_path):
         scores(other, kept, ("fid",))
     np.savez(tmp_path / "p.npz", arr_0=PICTURES)
     assert moments_of(str(tmp_path / "p.npz")) is None
-    np.testing.assert_array_equal(open_pictures(str(tmp_path / "p.npz"), 0), PICTURES)
+    np.testing.assert_array_equal(np.concatenate(list(batches(open_pictures(str(tmp_path / "p.npz"), 0)))), PICTURES)
 
 
 def test_a_mistake_is_one_line(tmp_path, classifier):
@@ -125,12 +131,12 @@ def test_a_mistake_is_one_line(tmp_path, classifier):
     cases = (
         (r"metric 'fdi' is unknown \(did you mean 'fid'", lambda: scores(features, None, ("fdi",))),
         (r"fid compares with a reference", lambda: scores(features, None, ("fid",))),
-        (r"sfid needs maps", lambda: scores(features, Reference.of("a", features), ("sfid",))),
+        (r"sfid takes maps", lambda: scores(features, Reference.of("a", features), ("sfid",))),
         (r"there are no pictures", lambda: NETWORK.features([])),
         (r"arr_0 is uint8\[8, 8, 3\], not", lambda: open_pictures(str(tmp_path / "x.npz"), 0)),
         (r"holds \['other'\], and pictures are in arr_0", lambda: open_pictures(str(tmp_path / "y.npz"), 0)),
         (r"z\.npz cannot be read", lambda: moments_of(str(tmp_path / "z.npz"))),
-        (r"none is neither a run nor a file", lambda: open_network(tmp_path / "none")),
+        (r"none is neither a run, nor CLIP.s folder, nor a file", lambda: open_network(tmp_path / "none")),
         (r"resize='tff' is unknown \(did you mean 'tf'", lambda: open_network(tmp_path / "x.npz", "tff")),
     )
     for said, call in cases:
@@ -139,12 +145,71 @@ def test_a_mistake_is_one_line(tmp_path, classifier):
         assert "\n" not in str(error.value)
 
 
-def test_the_tool_scores_a_run_and_a_folder(commands, classifier, tmp_path):
-    make_pictures(tmp_path / "pictures", each=12)
+@pytest.fixture(scope="module")
+def made(commands, tmp_path_factory):
+    """A run of classes, seconds long."""
+    workdir = tmp_path_factory.mktemp("made") / "run"
     run = commands.run(
-        "launch.py", "--config", "configs/quickstart.py", "--workdir", tmp_path / "run", *TINY, "--config.total_steps=2"
+        "launch.py", "--config", "configs/quickstart.py", "--workdir", workdir, *TINY, "--config.total_steps=2"
     )
     assert run.returncode == 0, run.stderr
+    return workdir
+
+
+def test_a_killed_scoring_goes_on(commands, classifier, made, tmp_path):
+    """The features of a batch are kept when they are made; the scores are those of a scoring that nothing stopped."""
+    settings = (made, "--network", classifier, "--reference", "openmoji", "--metrics", "fid,kid,is", "--resamples", 3)
+    settings = (*settings, "--num", 400, "--batch-size", 8, "--steps", 4)
+    whole, resumed = (
+        ("tools/evaluate.py", *settings, "--json", tmp_path / f"{name}.jsonl") for name in ("whole", "resumed")
+    )
+    assert commands.run(*whole).returncode == 0
+    kept = ("--features", tmp_path / "features")
+    parts = lambda: {p: p.stat().st_mtime_ns for p in (tmp_path / "features").rglob("*.npz")}  # noqa: E731
+    process = commands.start(*resumed, *kept)
+    wait_until(lambda: len(parts()) >= 3, process, 120)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = parts()
+    assert 3 <= len(before) < 50, "it was killed too late to say anything"
+    damaged = sorted(before)[-1]  # as a machine that lost its power may leave it
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    done = commands.run(*resumed, *kept)
+    assert done.returncode == 0 and f"{8 * (len(before) - 1)} pictures' features are in" in done.stderr, done.stderr
+    after = parts()
+    assert len(after) == 50 + 2 and {p for p in before if after[p] != before[p]} == {damaged}
+    lines = [(tmp_path / f"{name}.jsonl").read_text() for name in ("whole", "resumed")]
+    assert lines[0] == lines[1]
+    again = commands.run(*resumed, *kept)
+    assert again.returncode == 0 and parts() == after and (tmp_path / "resumed.jsonl").read_text() == lines[1]
+    other = commands.run(*resumed, *kept, "--seed", 1)
+    assert other.returncode == 0 and len(parts()) == len(after) + 50
+
+
+def test_a_reference_of_both_is_held_against_both(commands, classifier, tmp_path):
+    """As ADM's files: fid by its moments, kid by its pictures."""
+    network, rng = open_network(classifier), np.random.default_rng(1)
+    samples, few = PICTURES[:40], rng.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    moments = Moments.of(network.features([PICTURES[40:]]).pool_ND)
+    np.savez(tmp_path / "samples.npz", arr_0=samples)
+    np.savez(tmp_path / "both.npz", arr_0=few, mu=moments.mean_D, sigma=moments.covariance_DD)
+    done = commands.run(
+        *("tools/evaluate.py", tmp_path / "samples.npz", "--reference", tmp_path / "both.npz", "--network", classifier),
+        *("--metrics", "fid,kid", "--resamples", 0, "--json", tmp_path / "scores.jsonl"),
+    )
+    assert done.returncode == 0, done.stderr
+    line = json.loads((tmp_path / "scores.jsonl").read_text())
+    features = network.features([samples])
+    by_pictures = scores(features, Reference.of("few", network.features([few])), ("fid", "kid"), resamples=0)
+    by_moments = scores(features, Reference("many", moments), ("fid",), resamples=0)
+    assert line["fid"][0] == pytest.approx(by_moments["fid"].value, rel=1e-5)
+    assert line["kid"][0] == pytest.approx(by_pictures["kid"].value, rel=1e-5)
+    assert abs(by_pictures["fid"].value / by_moments["fid"].value - 1) > 0.01
+
+
+def test_the_tool_scores_a_run_and_a_folder(commands, classifier, made, tmp_path):
+    make_pictures(tmp_path / "pictures", each=12)
+    shutil.copytree(made, tmp_path / "run")
     common = ("--network", classifier, "--resamples", 2)
     kept = {"run": tmp_path / "run" / "scores.jsonl", "pictures": tmp_path / "scores.jsonl"}
     for source in (tmp_path / "run", tmp_path / "pictures"):
@@ -174,3 +239,79 @@ def test_the_tool_scores_a_run_and_a_folder(commands, classifier, tmp_path):
     np.testing.assert_allclose(fid, lines[1]["fid"], rtol=1e-6)
     wrong = commands.run("tools/evaluate.py", tmp_path / "pictures", *common, "--reference", "openmoji")
     assert wrong.returncode == 2 and wrong.stderr.strip().startswith("evaluate.py: --image-size is missing")
+
+
+def outcome(workdir, step=4):
+    """(a checkpoint's checksums and window, the records without the machine's speed, those of scores apart)."""
+    meta = checkpoint.read_meta(workdir, step)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    records = [{k: v for k, v in line.items() if k not in SPEED} for line in lines]
+    told = [r for r in records if "fid" in r]
+    return (meta["checksums"], meta["window"]), [r for r in records if r not in told], told
+
+
+def test_a_run_scores_itself_and_trains_as_without(commands, classifier, tmp_path):
+    keys = (*TINY, "--config.total_steps=4", "--config.checkpoint_every=2", "--config.log_every=3")
+    scoring = ("--config.eval_every=2", f"--config.eval.network={classifier}", "--config.eval.num=20")
+    scoring = (
+        *scoring,
+        "--config.eval.reference=30",
+        "--config.eval.resamples=3",
+        "--config.eval.metrics=fid,kid,recall",
+    )
+
+    def launch(name, *more):
+        done = commands.run(
+            "launch.py", "--config", "configs/quickstart.py", "--workdir", tmp_path / name, *keys, *more
+        )
+        assert done.returncode == 0, done.stderr
+        return outcome(tmp_path / name)
+
+    plain, scored = launch("plain"), launch("scored", *scoring)
+    assert scored[:2] == plain[:2] and plain[2] == []
+    assert [r["step"] for r in scored[2]] == [2, 4] and all(r["fid"] > 0 and 0 <= r["recall"] <= 1 for r in scored[2])
+    file = tmp_path / "scored" / "scores.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4] and lines[0]["reference"] == "30 of openmoji"
+    for line, record in zip(lines, scored[2], strict=True):
+        assert all(line[name][0] == record[name] and line[name][1] <= line[name][0] for name in ("fid", "kid"))
+    assert "recall" in (tmp_path / "scored" / "report.html").read_text()
+    # the tool says the same of the checkpoint
+    settings = ("--num", 20, "--steps", 2, "--guidance", 2.0, "--batch-size", 8, "--metrics", "fid,kid")
+    tool = ("tools/evaluate.py", tmp_path / "scored", "--network", classifier, "--reference", "openmoji", *settings)
+    done = commands.run(*tool, "--json", tmp_path / "json", "--resamples", 3)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "json").read_text())
+    same = set(told) - {"fid", "kid", "reference"}
+    assert {k: told[k] for k in same} == {k: lines[1][k] for k in same} and set(told) == set(lines[1]) - {"recall"}
+    # a step that is trained again is scored again, against features that are not made again, and stands there once
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "scored" / "features").rglob("*.npz")}
+    assert len(kept) == 1
+    shutil.rmtree(tmp_path / "scored" / "checkpoints" / "4")
+    assert launch("scored", *scoring) == scored
+    assert [json.loads(line) for line in file.read_text().splitlines()] == lines
+    assert kept == {p: p.stat().st_mtime_ns for p in (tmp_path / "scored" / "features").rglob("*.npz")}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("eval_every=2",), r"eval_every=2 needs a network to score by: --config\.eval\.network=…"),
+        (("eval_every=-2",), r"eval_every=-2 must not be below 0"),
+        (("eval_every=2", "eval.network=NETWORK", "eval.metrics=fdi"), r"'fdi' is unknown \(did you mean 'fid'"),
+        (
+            ("eval_every=2", "eval.network=NETWORK", "eval.metrics=sfid"),
+            r"sfid takes maps of features, which classifier",
+        ),
+        (("eval_every=2", "eval.network=NETWORK", "eval.metrics=psnr"), r"psnr compares picture by picture"),
+        (("eval_every=2", "eval.network=NETWORK", "eval.metrics=clip"), r"clip takes prompts, and a run of classes"),
+        (("eval_every=2", "eval.network=none/such"), r"none/such is neither a run"),
+    ],
+)
+def test_a_run_that_cannot_be_scored_is_refused_at_once(classifier, keys, said):
+    config = configs.load_file("configs/quickstart.py")
+    for key in keys:
+        configs.override(config, *key.replace("NETWORK", str(classifier)).split("="))
+    with pytest.raises(ValueError, match=said) as error:
+        train.Setup(config)
+    assert "\n" not in str(error.value)

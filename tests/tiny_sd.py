@@ -1,4 +1,4 @@
-"""A Stable Diffusion of random weights in a second, in diffusers' folder, written by diffusers."""
+"""A Stable Diffusion and a CLIP of random weights in a second, in diffusers' and transformers' folders, written by them."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from jdiff.tokens import Tokenizer
 
@@ -18,13 +19,31 @@ def captions():
     return [" ".join(rng.choice(WORDS.split(), 6)) for _ in range(400)]
 
 
+def make_tokenizer(path: Path) -> CLIPTokenizer:
+    """transformers' tokenizer with a vocabulary of these captions, which is written to `path` too."""
+    Tokenizer.train(captions(), 1000).save(path)
+    vocab = json.loads((path / "vocab.json").read_text())
+    merges = (path / "merges.txt").read_text().splitlines()[1:]
+    return CLIPTokenizer(vocab, [tuple(m.split()) for m in merges], model_max_length=77)
+
+
+def make_clip(path: Path) -> CLIPTokenizer:
+    """A CLIP's folder for pictures of 32 pixels, with its tokenizer and its processor's config; returns the tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(path)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text, vision = {**sizes, **ends, "vocab_size": len(tokenizer)}, {**sizes, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(path)
+    return tokenizer
+
+
 def make_folder(path: Path, in_channels: int = 4, levels: int = 2) -> Path:
     """A pipeline's folder as diffusers writes it, all of it small and random, with some contrast. levels: the UNet's."""
     torch.manual_seed(0)
-    Tokenizer.train(captions(), 1000).save(path / "vocabulary")
-    vocab = json.loads((path / "vocabulary" / "vocab.json").read_text())
-    merges = (path / "vocabulary" / "merges.txt").read_text().splitlines()[1:]
-    tokenizer = CLIPTokenizer(vocab, [tuple(m.split()) for m in merges], model_max_length=77)
+    tokenizer = make_tokenizer(path / "vocabulary")
     down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -51,7 +70,7 @@ def make_folder(path: Path, in_channels: int = 4, levels: int = 2) -> Path:
             value.data *= 5
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(vocab),
+            vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,

@@ -24,7 +24,7 @@ Format = Literal["diffusers", "dit", "compvis", "safetensors"]
 Weights = Literal["ema", "raw"] | None
 COMPONENTS = {"unet": "unet", "transformer": "dit", "vae": "vae", "text_encoder": "text"}
 """Folder of a diffusers pipeline -> what jdiff calls the model."""
-KINDS = {"DiT": "dit", "UNet": "unet", "AutoencoderKL": "vae", "CLIPText": "text"}
+KINDS = {"DiT": "dit", "UNet": "unet", "AutoencoderKL": "vae", "CLIPText": "text", "CLIP": "clip"}
 _SCHEDULE = (
     "betas|alphas_cumprod(_prev)?|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod|log_one_minus_alphas_cumprod"
     "|sqrt_recip(m1)?_alphas_cumprod|posterior_variance|posterior_log_variance_clipped|posterior_mean_coef[12]"
@@ -69,7 +69,7 @@ class Part:
 
 @dataclasses.dataclass
 class Bundle:
-    """A checkpoint: its models by name ("dit", "unet", "vae", "text"), and what else it held.
+    """A checkpoint: its models by name ("dit", "unet", "vae", "text", "clip"), and what else it held.
 
     format: that of the source; None for models of jdiff's own. folder: of a diffusers pipeline or component, else None.
     index: a pipeline's model_index.json. extras: arrays of a single file that are no parameters; reasons: why, by name.
@@ -91,8 +91,8 @@ class Bundle:
 
     @property
     def main(self) -> str:
-        """The model that the others serve: the first of dit, unet, vae, text."""
-        return next(name for name in ("dit", "unet", "vae", "text") if name in self.parts)
+        """The model that the others serve: the first of dit, unet, vae, text, clip."""
+        return next(name for name in ("dit", "unet", "vae", "text", "clip") if name in self.parts)
 
     def parameters(self) -> int:
         """Of all models."""
@@ -286,7 +286,8 @@ def _classify(
     if any(map(vae.is_compvis, sizes)) and not any(".mid_block." in name for name in sizes):
         module = _build("AutoencoderKL", records, {} if records else vae.infer(sizes), dtype)
         return _one("compvis", module, Naming("compvis"), arrays, mixed)
-    if any(name.endswith("encoder.layers.0.self_attn.q_proj.weight") for name in sizes):
+    whole_clip = any(name.startswith("vision_model.") for name in sizes)
+    if not whole_clip and any(name.endswith("encoder.layers.0.self_attn.q_proj.weight") for name in sizes):
         prefix = clip.PREFIX if any(name.startswith(clip.PREFIX) for name in sizes) else ""
         bare = {name.removeprefix(prefix): shape for name, shape in sizes.items()}
         module = _build("CLIPText", records, {} if records else clip.infer(bare, heads), dtype)
@@ -295,8 +296,9 @@ def _classify(
         record = next(iter(records.values()))
         module = _build(str(record.get("class")), {"": record}, {}, dtype)
         return _one("safetensors", module, find(module, arrays), arrays, mixed)
-    if any(re.match(r"(encoder\.|decoder\.)?(down_blocks|mid_block|transformer_blocks)\.", name) for name in sizes):
-        raise refuse("it holds a component in diffusers' names, whose config.json must lie beside it")
+    diffusers = r"(encoder\.|decoder\.)?(down_blocks|mid_block|transformer_blocks)\."
+    if whole_clip or any(re.match(diffusers, name) for name in sizes):
+        raise refuse("it holds a component in diffusers' or transformers' names, whose config.json must lie beside it")
     raise refuse(f"it holds no model that jdiff has; its arrays begin with {list(sizes)[:3]}")
 
 

@@ -11,13 +11,13 @@ from jdiff.version import __version__
 if TYPE_CHECKING:
     from jdiff.convert.bundle import Bundle
 
-_CLASSES = {"dit": "DiT", "unet": "UNet", "vae": "autoencoder", "text": "text encoder"}
+_CLASSES = {"dit": "DiT", "unet": "UNet", "vae": "autoencoder", "text": "text encoder", "clip": "CLIP"}
 
 
 def card(bundle: "Bundle", hashes: Mapping[str, str], title: str, dtype: Any, component: bool) -> str:
     """A model card in Markdown, its front matter as the Hugging Face hub reads it. title: what the source is called."""
     kinds = ", ".join(_CLASSES[name] for name in bundle.parts)
-    library = "transformers" if component and bundle.main == "text" else "diffusers"
+    library = "transformers" if component and bundle.main in ("text", "clip") else "diffusers"
     rows = [
         f"| {_CLASSES[name]} | {tree.count(part.params):,} | {np.dtype(dtype or part.dtype).name} |"
         for name, part in bundle.parts.items()

@@ -1,4 +1,4 @@
-"""CLIP's text encoder: transformers' names, to which versions before 5 put `text_model.` in front."""
+"""CLIP: transformers' names. The text encoder's alone had `text_model.` in front before version 5; CLIP's whole has it still."""
 
 from typing import Any
 
@@ -10,11 +10,22 @@ TRANSFORMERS = (
     Row(r"final_layer_norm", "final_layer_norm"),
 )
 PREFIX = "text_model."
+WHOLE = (
+    Row(
+        r"(text|vision)_model/layers_(\d+)/(.*)",
+        lambda _, part, n, rest: f"{part}_model.encoder.layers.{n}.{rest.replace('/', '.')}",
+    ),
+    Row(r"(text|vision)_model/(\w+_embedding)", r"\1_model.embeddings.\2"),
+    Row(r"vision_model", "vision_model.embeddings"),  # its class_embedding
+    Row(r"(text|vision)_model/(\w+)", r"\1_model.\2"),
+    Row(r"(\w+_projection|logit_scale)", r"\1"),
+)
 IGNORED = (
     (r"(text_model\.)?embeddings\.position_ids", "a buffer: 0, 1, 2, …"),
     (r"text_projection\.weight", "of CLIP's contrastive loss"),
     (r"logit_scale", "of CLIP's contrastive loss"),
 )
+WHOLE_IGNORED = ((r"(text|vision)_model\.embeddings\.position_ids", "a buffer: 0, 1, 2, …"),)
 
 
 def infer(sizes: Sizes, heads: int | None) -> dict[str, Any]:

@@ -69,9 +69,9 @@ def to_config(module: Any, dtype: str = "float32") -> dict[str, Any]:
 
     ConversionError for a setting that the library does not have.
     """
-    return {"DiT": _write_dit, "UNet": _write_unet, "AutoencoderKL": _write_vae, "CLIPText": _write_text}[
-        type(module).__name__
-    ](module, dtype)
+    writers = {"DiT": _write_dit, "UNet": _write_unet, "AutoencoderKL": _write_vae, "CLIPText": _write_text}
+    writers |= {"CLIP": _write_clip}
+    return writers[type(module).__name__](module, dtype)
 
 
 def _write_dit(module: Any, _: str) -> dict[str, Any]:
@@ -164,5 +164,30 @@ def _write_text(module: Any, dtype: str) -> dict[str, Any]:
         "bos_token_id": module.vocab_size - 2,
         "eos_token_id": module.vocab_size - 1,
         "pad_token_id": 1,
+        "torch_dtype": dtype,
+    }
+
+
+def _write_clip(module: Any, dtype: str) -> dict[str, Any]:
+    text = {**_write_text(module, dtype), "eos_token_id": module.eos_id, "projection_dim": module.projection}
+    vision = {
+        "model_type": "clip_vision_model",
+        "image_size": module.image_size,
+        "patch_size": module.patch_size,
+        "num_channels": 3,
+        "hidden_size": module.vision_width,
+        "intermediate_size": module.vision_hidden,
+        "num_hidden_layers": module.vision_layers,
+        "num_attention_heads": module.vision_heads,
+        "hidden_act": module.vision_activation,
+        "layer_norm_eps": module.vision_eps,
+        "projection_dim": module.projection,
+    }
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": module.projection,
+        "text_config": text,
+        "vision_config": vision,
         "torch_dtype": dtype,
     }

@@ -26,11 +26,12 @@ TABLES: dict[str, dict[str, tuple[Row, ...]]] = {
     "UNet": {"diffusers": unet.DIFFUSERS, "compvis": unet.COMPVIS},
     "AutoencoderKL": {"diffusers": vae.DIFFUSERS, "compvis": vae.COMPVIS},
     "CLIPText": {"diffusers": clip.TRANSFORMERS, "compvis": clip.TRANSFORMERS},
+    "CLIP": {"diffusers": clip.WHOLE},
     "Inception": {"torchvision": inception.TORCHVISION},
 }
 """Class -> format -> table. transformers' names go by diffusers', whose folders they stand in."""
 MOST_GRID = 1024
-COUNTED = ("depth", "layers", "layers_per_block", "transformer_depth")
+COUNTED = ("depth", "layers", "vision_layers", "layers_per_block", "transformer_depth")
 """Settings of which each one more takes arrays of its own."""
 DERIVED = {"DiT": dit.derived}
 """Class -> what makes a leaf that a format does not store."""

@@ -135,8 +135,8 @@ def _write_single(bundle: Bundle, file: Path, suffix: str, to: str, dtype: Any, 
     kinds = tuple(bundle.parts)
     if to == "dit" and kinds[:1] != ("dit",):
         raise refuse(f"the dit format holds a DiT, and this is {' and '.join(kinds)}: use another format")
-    if to == "compvis" and "dit" in kinds:
-        raise refuse("CompVis' format has no place for a DiT: use dit, diffusers or safetensors")
+    if to == "compvis" and (odd := {"dit": "DiT", "clip": "CLIP"}.get(kinds[0])):
+        raise refuse(f"CompVis' format has no place for a {odd}: use diffusers or safetensors")
     if to == "safetensors" and len(kinds) > 1:
         raise refuse(f"one safetensors file holds one model, and this is {', '.join(kinds)}: use compvis or diffusers")
     report = Report()
@@ -250,7 +250,7 @@ def _write_component(
         if key in config:
             config[key] = stored
     _write_json(folder / "config.json", config)
-    name = files.NAMES[1 if type(part.module).__name__ == "CLIPText" else 0] + ".safetensors"
+    name = files.NAMES[1 if type(part.module).__name__ in ("CLIPText", "CLIP") else 0] + ".safetensors"
     record = json.dumps({"models": {"model": models.describe(part.module)}})
     report.hashes[prefix + name] = tensors.write(folder / name, found, {"format": "pt", "jdiff": record}, dtype, after)
     report.arrays += len(found)

@@ -16,7 +16,7 @@ from jdiff.convert.rows import ConversionError, refuse
 
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 """How a component's weights are called, before `[.fp16].safetensors` or `.bin`; diffusers' first, then transformers'."""
-IGNORED = {"CLIPText": clip.IGNORED, "Inception": inception.IGNORED}
+IGNORED = {"CLIPText": clip.IGNORED, "CLIP": clip.WHOLE_IGNORED, "Inception": inception.IGNORED}
 """Class -> arrays that components of it may hold besides, with the reason why they are no parameters."""
 
 

@@ -32,6 +32,8 @@ def namings(module: Any) -> list[Naming]:
         return [Naming("dit"), Naming("diffusers")]
     if kind == "Inception":
         return [Naming("torchvision")]
+    if kind == "CLIP":
+        return [Naming("diffusers")]
     if kind == "CLIPText":
         return [Naming("diffusers"), Naming("diffusers", prefixed(clip.PREFIX)), *compvis]
     older = [Naming("diffusers", vae.old_attention)] if kind == "AutoencoderKL" else []

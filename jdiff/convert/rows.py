@@ -8,7 +8,7 @@ from typing import Any
 from jdiff.convert.layouts import Copies, Layers, Layout, Pointwise, Split, usual
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-LEAVES |= {"mean": "running_mean", "var": "running_var"}
+LEAVES |= {"mean": "running_mean", "var": "running_var", "class_embedding": "class_embedding"}
 MOST = 1500
 """Characters of an error."""
 Sizes = Mapping[str, tuple[int, ...]]

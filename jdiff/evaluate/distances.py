@@ -1,4 +1,5 @@
-"""How far two sets of features lie apart: Fréchet and kernel distances, precision and recall; and the Inception score of one.
+"""How far two sets of features lie apart: Fréchet and kernel distances, precision and recall; the Inception score of one; and
+how near pictures lie to their texts.
 
 All in float64 on the host: a distance is a small difference of large sums, and takes seconds where the features took hours.
 """
@@ -84,6 +85,16 @@ def inception_score(logits_NK: np.ndarray, splits: int = 1) -> tuple[float, floa
         mean_K = np.logaddexp.reduce(part_NK, 0) - np.log(len(part_NK))
         scores.append(np.exp((np.exp(part_NK) * (part_NK - mean_K)).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
+
+
+def clip_score(image_ND: np.ndarray, text_ND: np.ndarray) -> np.ndarray:
+    """100 max(cosine, 0) of each picture and its text, (N,): CLIPScore (arXiv:2104.08718) with torchmetrics' factor.
+
+    The paper's factor is 2.5, for values about 1.
+    """
+    image_ND, text_ND = _pair(image_ND, text_ND)
+    lengths_N = np.sqrt(_lengths(image_ND) * _lengths(text_ND))
+    return 100 * np.maximum(np.einsum("nd,nd->n", image_ND, text_ND) / lengths_N, 0)
 
 
 def precision_recall(x_ND: np.ndarray, reference_MD: np.ndarray, k: int = 3) -> tuple[float, float]:

@@ -1,36 +1,35 @@
 """Pictures to the features that scores compare: one interface over the networks that make them."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jdiff import checkpoint, convert, sharding, tree
-from jdiff.loading import load_run, on
-from jdiff.models import inception
-from jdiff.models.inception import Inception
-from jdiff.pipelines import from_uint8, gather
+from jdiff import sharding
+from jdiff.loading import on
+from jdiff.pipelines import gather
 from jdiff.pipelines.rows import spread
 
-RESIZES = ("tf", "torch")
-"""How Inception's pictures come to 299x299: bilinear with corners at 0 and pixels taken as (x - 128) / 128, as TensorFlow's graph
-does it for the FID of the papers (TTUR's and ADM's code); or with pixels' centres at halves and x / 127.5 - 1, as pytorch-fid."""
 ROWS = 32
 """Pictures that a device has in work at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Of N pictures. logits_NK: of the network's classes; spatial_ND: where there is a map, for sFID. network: its title."""
+    """Of N pictures, each array None where the network makes none.
+
+    logits_NK: of its classes; spatial_ND: of a map, for sFID; text_ND: what `Network.texts` makes of each picture's prompt.
+    network: its title.
+    """
 
     pool_ND: np.ndarray
-    logits_NK: np.ndarray
+    logits_NK: np.ndarray | None = None
     spatial_ND: np.ndarray | None = None
+    text_ND: np.ndarray | None = None
     network: str = dataclasses.field(default="", kw_only=True)
 
     def __len__(self) -> int:
@@ -39,84 +38,72 @@ class Features:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What makes features of pictures. title: what it is, with a hash of its weights, and how pictures are resized for it; only
-    scores of one title compare. apply: (params, uint8 (B, H, W, 3)) -> (pool, logits[, spatial]), traced."""
+    """What makes features of pictures.
+
+    title: what it is, with a hash of its weights, and how pictures are resized for it; only scores of one title compare.
+    apply: (params, uint8 (B, H, W, 3)) -> arrays, traced. outputs: which of `Features`' fields they are. texts: prompts -> their
+    places (N, D) in the space of the pool, where it has them; ValueError for one that it cannot read whole.
+    """
 
     title: str
     params: Any
     apply: Callable[[Any, jax.Array], tuple[jax.Array, ...]]
+    outputs: tuple[str, ...] = ("pool_ND", "logits_NK")
+    texts: Callable[[Sequence[str]], np.ndarray] | None = None
 
-    def features(self, batches: Iterable[np.ndarray], mesh: Mesh | None = None) -> Features:
-        """Of all pictures, uint8 (B, H, W, 3) each; a batch goes over the devices, ROWS to each at a time."""
-        mesh = mesh or sharding.make_mesh()
-        params, apply = on(mesh, self.params), jax.jit(self.apply, out_shardings=sharding.replicated(mesh))
-        found = [
-            [gather(part)[: len(rows)] for part in apply(params, spread(mesh, {"image": padded(rows, size)})["image"])]
-            for batch in batches
-            for size in (ROWS * mesh.size,)
-            for rows in (batch[i : i + size] for i in range(0, len(batch), size))
-        ]
-        if not found:
+    def features(
+        self, batches: Iterable[np.ndarray], mesh: Mesh | None = None, prompts: Sequence[str] = ()
+    ) -> Features:
+        """Of all pictures, uint8 (B, H, W, 3) each. prompts: one a picture, for scores by texts."""
+        return self.joined(list(self.parts(batches, mesh)), prompts)
+
+    def parts(self, batches: Iterable[np.ndarray], mesh: Mesh | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """The features of each batch, by their field of `Features`."""
+        rows = ({"image": batch} for batch in batches)
+        yield from by_rows(self._named, self.params, rows, mesh or sharding.make_mesh())
+
+    @cached_property
+    def _named(self) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
+        """One function for all calls, so that it compiles once."""
+        return lambda params, rows: dict(zip(self.outputs, self.apply(params, rows["image"]), strict=True))
+
+    def joined(self, parts: Sequence[dict[str, np.ndarray]], prompts: Sequence[str] = ()) -> Features:
+        """All `parts` as one. ValueError when there are none, or more or fewer pictures than prompts."""
+        count = sum(len(part["pool_ND"]) for part in parts)
+        if not count:
             raise ValueError("there are no pictures to score")
-        return Features(*(np.concatenate(parts) for parts in zip(*found, strict=True)), network=self.title)
+        if prompts and len(prompts) != count:
+            raise ValueError(f"there are {len(prompts)} prompts for {count} pictures")
+        text_ND = self.texts(prompts) if self.texts and prompts else None
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
+        return Features(**whole, text_ND=text_ND, network=self.title)
 
 
-def padded(rows_BHWC: np.ndarray, size: int) -> np.ndarray:
+def by_rows(
+    apply: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]],
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+    at_once: int = ROWS,
+) -> Iterator[dict[str, np.ndarray]]:
+    """What `apply`, traced, makes of each batch's rows: a batch goes over the devices, `at_once` rows to each at a time."""
+    params, run = on(mesh, params), _jitted(apply, mesh)
+    size = at_once * mesh.size
+    for batch in batches:
+        pieces = []
+        for start in range(0, len(next(iter(batch.values()))), size):
+            rows = {name: array[start : start + size] for name, array in batch.items()}
+            count = len(next(iter(rows.values())))
+            made = run(params, spread(mesh, {name: padded(array, size) for name, array in rows.items()}))
+            pieces.append({name: gather(array)[:count] for name, array in made.items()})
+        yield {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+@lru_cache(maxsize=4)
+def _jitted(apply: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    return jax.jit(apply, out_shardings=sharding.replicated(mesh))
+
+
+def padded(rows: np.ndarray, size: int) -> np.ndarray:
     """Rows repeated to `size` of them, so that the last batch does not compile anew."""
-    return rows_BHWC[np.arange(size) % len(rows_BHWC)]
-
-
-def open_network(path: str | Path, resize: str = "tf") -> Network:
-    """Inception from pytorch-fid's `pt_inception` file (also as safetensors), or the classifier of a run of
-    configs/classifier_openmoji.py. resize: of Inception's pictures, see `RESIZES`.
-
-    ValueError for another kind of run or an unknown resize; ConversionError for a file that is no Inception's.
-    """
-    path = Path(path)
-    if (path / "checkpoints").is_dir():
-        found, meta = load_run(path)
-        if meta["main"] != "classifier":
-            raise ValueError(f"{path} is a run of {meta['config']['task']}; scores take a classifier's, or Inception")
-        return _classifier(*found["classifier"])
-    if resize not in RESIZES:
-        raise ValueError(f"resize={resize!r} is unknown{tree.nearest(resize, RESIZES)}; use one of {list(RESIZES)}")
-    if not path.is_file():
-        raise checkpoint.CheckpointError(f"{path} is neither a run nor a file of weights")
-    module = Inception()
-    params = convert.from_torch(module, convert.read_arrays([path]))
-
-    def apply(params: Any, image_BHWC: jax.Array) -> tuple[jax.Array, ...]:
-        features = module.apply({"params": params}, resized(image_BHWC, inception.SIZE, resize))
-        assert isinstance(features, inception.Features)
-        return features.pool_BD, features.logits_BK, features.spatial_BD
-
-    return Network(f"Inception {tree.fingerprint(params)}, resized as {resize}", params, apply)
-
-
-def _classifier(module: Any, params: Any) -> Network:
-    def apply(params: Any, image_BHWC: jax.Array) -> tuple[jax.Array, ...]:
-        size = module.image_size
-        x_BHWC = from_uint8(image_BHWC)
-        if x_BHWC.shape[1:3] != (size, size):
-            x_BHWC = jax.image.resize(x_BHWC, (len(x_BHWC), size, size, x_BHWC.shape[-1]), "bilinear", antialias=True)
-        logits_BK, features_BD = module.apply({"params": params}, x_BHWC)
-        return features_BD, logits_BK
-
-    return Network(f"classifier {tree.fingerprint(params)} at {module.image_size} px", params, apply)
-
-
-def resized(image_BHWC: jax.Array, size: int, how: str) -> jax.Array:
-    """uint8 -> [-1, 1], bilinear, without antialiasing; see `RESIZES`."""
-    x_BHWC = (image_BHWC.astype(jnp.float32) - 128.0) / 128.0 if how == "tf" else from_uint8(image_BHWC)
-    rows, columns = (_bilinear(n, size, 0.0 if how == "tf" else 0.5) for n in x_BHWC.shape[1:3])
-    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x_BHWC, precision="highest")
-
-
-def _bilinear(n: int, size: int, centre: float) -> np.ndarray:
-    """(size, n): the weights of n samples in each of `size`."""
-    place = np.clip((np.arange(size) + centre) * n / size - centre, 0, n - 1)
-    low = np.minimum(place.astype(int), n - 1)
-    weights = np.zeros((size, n))
-    np.add.at(weights, (np.arange(size), low), 1 - (place - low))
-    np.add.at(weights, (np.arange(size), np.minimum(low + 1, n - 1)), place - low)
-    return weights.astype(np.float32)
+    return rows[np.arange(size) % len(rows)]

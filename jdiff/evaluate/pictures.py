@@ -1,14 +1,17 @@
 """Where pictures to be scored come from: a folder, an .npz of them, a data source."""
 
-from collections.abc import Iterator
+import math
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from jdiff import data
-from jdiff.data import BrokenRecord, DataError, Source
+from jdiff.data import BrokenRecord, DataError
+from jdiff.data.imagefolder import ImageFolder
 from jdiff.evaluate.moments import Moments
 from jdiff.evaluate.scores import Reference
 
@@ -16,42 +19,119 @@ BATCH = 256
 """Pictures read at once."""
 
 
-def open_pictures(source: str, image_size: int) -> Source | np.ndarray:
+class Pictures(Protocol):
+    """What is scored or held against: any `jdiff.data.Source` of pictures is one."""
+
+    shape: tuple[int, int, int]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, flip: bool, rng: np.random.Generator) -> dict[str, Any]:
+        """See `Source.read`."""
+        ...
+
+
+class Stored:
+    """`arr_0` of an .npz, uint8 (N, H, W, 3), of which one picture is in memory at a time; see `Pictures`.
+
+    Quick in the order of the file, slow backwards. prompts: its `prompt`, where it has them.
+    """
+
+    def __init__(self, path: str):
+        with _npz(path) as file:
+            if "arr_0" not in file:
+                raise DataError(f"{path} holds {sorted(file)}, and pictures are in arr_0")
+            self.prompts = [str(text) for text in file["prompt"]] if "prompt" in file else None
+        archive = zipfile.ZipFile(path)
+        self._path, self._file = path, archive.open("arr_0.npy")
+        version = np.lib.format.read_magic(self._file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(self._file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
+            raise DataError(f"{path}: arr_0 is {dtype}{list(shape)}, not uint8 (N, H, W, 3)")
+        self._count, self.shape, self._start = shape[0], (shape[1], shape[2], shape[3]), self._file.tell()
+        self.fingerprint = f"{archive.getinfo('arr_0.npy').CRC:08x}"
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, index: int, flip: bool, rng: np.random.Generator) -> dict[str, Any]:
+        """See `Source.read`."""
+        size = math.prod(self.shape)
+        try:
+            self._file.seek(self._start + index * size)
+            image = np.frombuffer(self._file.read(size), np.uint8).reshape(self.shape)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise BrokenRecord(f"{self._path}: arr_0[{index}]", str(error)) from error
+        return {"image": image[:, ::-1] if flip else image}
+
+
+def open_pictures(source: str, image_size: int, captions: bool = False) -> Pictures:
     """A folder of pictures, cropped to image_size; an .npz with `arr_0`, uint8 (N, H, W, 3); or openmoji[:train|heldout].
 
-    DataError for what is none of these.
+    captions: a folder is to have one for each picture (see `jdiff.data.captions`). DataError for what is none of these.
     """
     name, _, split = source.partition(":")
     if name == "openmoji":
         return data.open_source(name, image_size=image_size, split=split or "all")
-    if not source.endswith(".npz"):
-        return data.open_source("imagefolder", path=source, image_size=image_size)
-    with _npz(source) as file:
-        if "arr_0" not in file:
-            raise DataError(f"{source} holds {sorted(file)}, and pictures are in arr_0")
-        pictures = file["arr_0"]
-    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-        raise DataError(f"{source}: arr_0 is {pictures.dtype}{list(pictures.shape)}, not uint8 (N, H, W, 3)")
-    return pictures
+    if source.endswith(".npz"):
+        return Stored(source)
+    return data.open_source("captions" if captions else "imagefolder", path=source, image_size=image_size)
 
 
-def batches(pictures: Source | np.ndarray, count: int | None = None) -> Iterator[np.ndarray]:
-    """uint8 (B, H, W, 3) each, in order; count: at most, spread evenly over all. DataError for a picture that cannot be read."""
-    index = np.arange(len(pictures))
-    if count is not None and count < len(index):
-        index = np.linspace(0, len(index) - 1, count).astype(int)
-    rng = np.random.default_rng(0)
-    with tqdm(total=len(index), unit="image", desc="features", leave=False) as bar:
-        for start in range(0, len(index), BATCH):
-            chosen = index[start : start + BATCH]
-            if isinstance(pictures, np.ndarray):
-                yield pictures[chosen]
-            else:
-                try:
-                    yield np.stack([pictures.read(int(i), False, rng)["image"] for i in chosen])
-                except BrokenRecord as error:
-                    raise DataError(f"{error.where} cannot be read, and a score is of all: {error.reason}") from error
-            bar.update(len(chosen))
+def chosen(count: int, most: int | None) -> np.ndarray:
+    """Which of `count` pictures are taken where at most so many are wanted: evenly spread over all, in order."""
+    return np.arange(count) if most is None or most >= count else np.linspace(0, count - 1, most).astype(int)
+
+
+def batches(pictures: Pictures, most: int | None = None, first: int = 0) -> Iterator[np.ndarray]:
+    """uint8 (B, H, W, 3) each, of those that are `chosen`, from the first-th of these on. DataError for a picture that cannot be
+    read."""
+    index, rng = chosen(len(pictures), most), np.random.default_rng(0)
+    with tqdm(total=len(index), initial=first, unit="image", desc="features", leave=False) as bar:
+        for rows in (index[start : start + BATCH] for start in range(first, len(index), BATCH)):
+            try:
+                yield np.stack([pictures.read(int(i), False, rng)["image"] for i in rows])
+            except BrokenRecord as error:
+                raise DataError(f"{error.where} cannot be read, and a score is of all: {error.reason}") from error
+            bar.update(len(rows))
+
+
+def check_pairs(samples: Pictures | None, reference: Pictures, titles: tuple[str, str]) -> None:
+    """DataError unless the two are pictures that lie somewhere, of one size, as many, and in folders of the same names."""
+    if samples is None:
+        raise DataError(f"{titles[0]} is a run of classes, whose pictures have no originals to be compared with")
+    for what, one, other in (("pictures", len(samples), len(reference)), ("as shape", samples.shape, reference.shape)):
+        if one != other:
+            raise DataError(f"{titles[0]} has {one} {what}, {titles[1]} {other}: one by one they cannot be compared")
+    if isinstance(samples, ImageFolder) and isinstance(reference, ImageFolder):
+        for i in range(len(samples)):
+            one, other = (folder.file(i).relative_to(folder.root).with_suffix("") for folder in (samples, reference))
+            if one != other:
+                raise DataError(
+                    f"{titles[0]} has {one} where {titles[1]} has {other}: the folders' names must be the same"
+                )
+
+
+def prompts_of(source: str, pictures: Any, most: int | None = None) -> Sequence[str]:
+    """The one text of each picture that is `chosen`. DataError where there is none, or more than one."""
+    if isinstance(pictures, Stored):
+        if pictures.prompts is None or len(pictures.prompts) != len(pictures):
+            raise DataError(f"{source} has no `prompt` for each picture, as tools/sample.py --npz writes it")
+        return [pictures.prompts[i] for i in chosen(len(pictures), most)]
+    if not getattr(pictures, "has_captions", False):
+        raise DataError(f"{source} has no texts: a score by them takes an .npz with `prompt` or a folder with captions")
+    found = []
+    for i in chosen(len(pictures), most):
+        try:
+            texts = pictures.texts(int(i))
+        except BrokenRecord as error:
+            raise DataError(f"{error.where} has no text that can be read: {error.reason}") from error
+        if len(texts) != 1:
+            raise DataError(f"{source}: picture {i} has {len(texts)} captions, and a score is of one")
+        found += texts
+    return found
 
 
 FIELDS = (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s"))

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 
 from jdiff.tree import nearest
 
-CLASSES = {"DiT": "dit", "UNet": "unet", "AutoencoderKL": "vae", "CLIPText": "clip", "Classifier": "classifier"}
+CLASSES = {
+    "DiT": "dit",
+    "UNet": "unet",
+    "AutoencoderKL": "vae",
+    "CLIPText": "clip",
+    "CLIP": "clip_pair",
+    "Classifier": "classifier",
+}
 """Every model's class and its file."""
 
 
@@ -74,7 +81,8 @@ def build(record: Mapping[str, Any], dtype: Any = jnp.float32) -> Any:
 
 
 def from_config(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Any:
-    """The module that a diffusers or transformers `config.json` describes: UNet2DConditionModel, AutoencoderKL, CLIPTextModel.
+    """The module that a diffusers or transformers `config.json` describes: UNet2DConditionModel, AutoencoderKL, CLIPTextModel,
+    CLIPModel.
 
     Every key is read, known to change nothing, or refused in a ValueError that names it.
     """

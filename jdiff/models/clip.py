@@ -20,11 +20,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head attention. layers: how many the model has; its initialisation shrinks with it."""
+    """Multi-head attention. layers: how many the model has; its initialisation shrinks with it."""
 
     heads: int
     layers: int
     dtype: Any = jnp.float32
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x_BSE: jax.Array) -> jax.Array:
@@ -33,7 +34,7 @@ class SelfAttention(nn.Module):
         dense = lambda name: Dense(E, kernel_init=init, dtype=self.dtype, name=name)  # noqa: E731
         q, k, v = (dense(name)(x_BSE).reshape(B, S, self.heads, -1) for name in ("q_proj", "k_proj", "v_proj"))
         out = Dense(E, kernel_init=nn.initializers.normal(E**-0.5), dtype=self.dtype, name="out_proj")
-        return out(attention(q, k, v, causal=True).reshape(B, S, E))
+        return out(attention(q, k, v, causal=self.causal).reshape(B, S, E))
 
 
 class Mlp(nn.Module):
@@ -55,7 +56,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention and MLP: causal in the text's tower, not in the picture's."""
 
     heads: int
     hidden: int
@@ -63,13 +64,22 @@ class Layer(nn.Module):
     activation: str
     eps: float
     dtype: Any = jnp.float32
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x_BSE: jax.Array) -> jax.Array:
-        attn = SelfAttention(self.heads, self.layers, self.dtype, name="self_attn")
+        attn = SelfAttention(self.heads, self.layers, self.dtype, self.causal, name="self_attn")
         x_BSE += attn(LayerNorm(self.eps, name="layer_norm1")(x_BSE))
         mlp = Mlp(self.hidden, self.layers, self.activation, self.dtype, name="mlp")
         return x_BSE + mlp(LayerNorm(self.eps, name="layer_norm2")(x_BSE))
+
+
+def check_layers(width: int, heads: int, activation: str) -> None:
+    """ValueError for layers that there cannot be."""
+    if width % heads:
+        raise ValueError(f"width={width} is not a multiple of heads={heads}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown; use one of {list(ACTIVATIONS)}")
 
 
 class CLIPText(nn.Module):
@@ -93,10 +103,7 @@ class CLIPText(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is unknown; use one of {list(ACTIVATIONS)}")
+        check_layers(self.width, self.heads, self.activation)
 
     @nn.compact
     def __call__(self, ids_BS: jax.Array, clip_skip: int = 0) -> jax.Array:

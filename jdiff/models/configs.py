@@ -34,6 +34,9 @@ TEXT_IDLE = (
     *("pad_token_id", "bos_token_id", "eos_token_id", "model_type", "torch_dtype", "dtype", "transformers_version"),
     *("output_hidden_states", "return_dict", "output_attentions", "chunk_size_feed_forward", "id2label", "label2id"),
     *("problem_type", "is_encoder_decoder", "use_cache", "tie_word_embeddings", "finetuning_task"),
+    # of generation, which transformers once wrote into every config
+    *("length_penalty", "max_length", "num_beam_groups", "num_beams", "num_return_sequences", "repetition_penalty"),
+    *("temperature", "top_k", "top_p", "typical_p", "pruned_heads"),
 )
 
 
@@ -46,6 +49,8 @@ def read(config: Config) -> tuple[str, dict[str, Any]]:
         "CLIPTextModel": _text,
         "CLIPTextModelWithProjection": _text,
         "clip_text_model": _text,
+        "CLIPModel": _clip,
+        "clip": _clip,
     }
     if name not in readers:
         raise ValueError(f"a config.json of {name!r} is not one that jdiff has; it has {list(readers)}")
@@ -161,3 +166,31 @@ def _text(config: Config) -> tuple[str, dict[str, Any]]:
     }
     _check(what, config, tuple(names), {}, TEXT_IDLE)
     return "CLIPText", {ours: config.get(theirs, default) for theirs, (ours, default) in names.items()}
+
+
+def _clip(config: Config) -> tuple[str, dict[str, Any]]:
+    what = "CLIPModel"
+    used = ("text_config", "vision_config", "text_config_dict", "vision_config_dict", "projection_dim")
+    _check(what, config, used, {}, (*TEXT_IDLE, "logit_scale_init_value"))
+    # where a value stands in both, transformers takes the second's
+    parts = [
+        {**(config.get(f"{part}_config") or {}), **(config.get(f"{part}_config_dict") or {})}
+        for part in ("text", "vision")
+    ]
+    text, vision = parts
+    names = {
+        "image_size": ("image_size", 224),
+        "patch_size": ("patch_size", 32),
+        "hidden_size": ("vision_width", 768),
+        "intermediate_size": ("vision_hidden", 3072),
+        "num_hidden_layers": ("vision_layers", 12),
+        "num_attention_heads": ("vision_heads", 12),
+        "hidden_act": ("vision_activation", "quick_gelu"),
+        "layer_norm_eps": ("vision_eps", 1e-5),
+    }
+    _check("CLIPVisionModel", vision, tuple(names), {"num_channels": 3}, TEXT_IDLE)
+    fields = {ours: vision.get(theirs, default) for theirs, (ours, default) in names.items()}
+    fields |= {**_text(text)[1], "projection": config.get("projection_dim", 512)}
+    # 2 stands in configs of before 2023, whose texts are read at the largest id
+    eos = text.get("eos_token_id", 49407)
+    return "CLIP", {**fields, "eos_id": fields["vocab_size"] - 1 if eos == 2 else eos}

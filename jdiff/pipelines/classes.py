@@ -43,6 +43,11 @@ class ClassPipeline(WithLoras):
         self.mesh = mesh or sharding.make_mesh()
         self.class_names, self.preview = list(class_names), preview or to_uint8
 
+    @property
+    def sampler(self) -> str:
+        """The process's quick deterministic sampler: ddim, euler."""
+        return self.process.samplers[-1 if self.process.schedule is not None else 0]
+
     @cached_property
     def _begin(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
         return jax.jit(partial(_begin, self.mesh, self.model))
@@ -72,7 +77,7 @@ class ClassPipeline(WithLoras):
         """Samples one picture a label: float32 (len(labels), H, W, C), in [-1, 1] for pixels, latents as the model has them.
 
         Picture i depends on (seed, first_index + i, its label) alone, whatever batch it stands in. sampler: of the
-        process's `samplers`, the quick deterministic one (ddim, euler) when None. guidance_channels=3 is the official
+        process's `samplers`, `self.sampler` when None. guidance_channels=3 is the official
         DiT sampler. params: other parameters than the pipeline's own, same tree. callback: told every `callback_every` steps
         and at the end; see `progress.Callback`.
 
@@ -102,7 +107,7 @@ class ClassPipeline(WithLoras):
             "guidance_channels": guidance_channels,
             "guidance_rescale": guidance_rescale,
             "guidance_interval": guidance_interval,
-            "sampler": sampler or self.process.samplers[-1 if self.process.schedule is not None else 0],
+            "sampler": sampler or self.sampler,
             "steps": steps,
         }
         params = self.params if params is None else params
@@ -113,13 +118,13 @@ class ClassPipeline(WithLoras):
             report(last, x_BHWC, lambda x=x_BHWC: self.pictures(gather(x)[: len(labels)]))
         return gather(x_BHWC)[: len(labels)]
 
-    def many(self, labels: Sequence[int], batch_size: int, **settings: Any) -> Iterator[np.ndarray]:
-        """Pictures of all labels, uint8 (batch_size or fewer, H', W', 3) at a time. settings: as of a call."""
+    def many(self, labels: Sequence[int], batch_size: int, first: int = 0, **settings: Any) -> Iterator[np.ndarray]:
+        """Pictures of all labels from the first-th on, uint8 (batch_size or fewer, H', W', 3) at a time. settings: as of a call."""
         count = len(labels)
-        for first in range(0, count, batch_size):
+        for start in range(first, count, batch_size):
             # the last batch is filled up to the others' size, so that it does not compile anew
-            rows = [labels[min(first + i, count - 1)] for i in range(min(batch_size, count))]
-            yield self.pictures(self(rows, first_index=first, **settings))[: count - first]
+            rows = [labels[min(start + i, count - 1)] for i in range(min(batch_size, count))]
+            yield self.pictures(self(rows, first_index=start, **settings))[: count - start]
 
     def pictures(self, samples_BHWC: np.ndarray) -> np.ndarray:
         """Samples -> uint8 RGB (B, H', W', 3)."""

@@ -15,6 +15,7 @@ from PIL import Image
 
 from jdiff import data, tree
 from jdiff.data import Source
+from jdiff.evaluate.samples import Samples
 from jdiff.tree import nearest
 
 Batch = Mapping[str, jax.Array]
@@ -62,6 +63,10 @@ class Task(Protocol):
 
     def grid(self, full: Any) -> tuple[Image.Image, dict[str, Any]]:
         """Validation pictures from the averaged parameters, always of the same inputs and noise; facts for the PNG."""
+        ...
+
+    def samples(self, full: Any) -> Samples:
+        """What eval_every scores, from the averaged parameters. Tasks whose config has no such key go without."""
         ...
 
     def facts(self, measures: Mapping[str, float]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax
 from PIL import Image
 
 from jdiff import lora, tree
+from jdiff.evaluate.samples import Samples
 from jdiff.tasks import Batch, Losses, Task, mean_gradient
 
 
@@ -92,6 +93,10 @@ class Adapters:
     def grid(self, full: Any) -> tuple[Image.Image, dict[str, Any]]:
         """The task's, of the adapted models."""
         return self.task.grid(self._attached(full))
+
+    def samples(self, full: Any) -> Samples:
+        """The task's, of the adapted models."""
+        return self.task.samples(self._attached(full))
 
     def facts(self, measures: Mapping[str, float]) -> dict[str, Any]:
         """The task's, and `lora`: the adapted models with the hash of what they were, and how the adapters were made."""

@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from jdiff import convert, models, sharding, tree
-from jdiff.evaluate.reconstruction import psnr, ssim
+from jdiff import models, sharding, tree
+from jdiff.evaluate.reconstruction import likeness, read_lpips, reconstruct
 from jdiff.loading import DTYPES, open_checkpoint
 from jdiff.models import lpips
 from jdiff.models.discriminator import PatchDiscriminator
@@ -164,10 +164,8 @@ class Autoencoder:
         given = {} if self.part is None else {"vae": self.part.weights()}
         if self.distance is None:
             return given
-        path = Path(self.config.lpips.path)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         try:
-            return {**given, "lpips": lpips.from_torch(convert.read_arrays(files))}
+            return {**given, "lpips": read_lpips(self.config.lpips.path)}
         except ValueError as error:
             raise ValueError(f"lpips.path={self.config.lpips.path!r}: {error}") from error
 
@@ -192,14 +190,11 @@ class Autoencoder:
     def _measure(self) -> Any:
         def measure(params: Any, image_BHWC: jax.Array) -> dict[str, jax.Array]:
             x_BHWC = from_uint8(image_BHWC)
-            posterior = self.vae.apply({"params": params}, x_BHWC, method="encode")
-            y_BHWC = self.vae.apply({"params": params}, posterior.mode(), method="decode").astype(jnp.float32)
-            pair = ((x_BHWC + 1) / 2, (jnp.clip(y_BHWC, -1, 1) + 1) / 2)
+            posterior, y_BHWC = reconstruct(self.vae, params, x_BHWC)
             mean, var = posterior.mean.astype(jnp.float32), jnp.exp(posterior.logvar.astype(jnp.float32))
             average = lambda z: z.mean((1, 2, 3))  # noqa: E731
             return {
-                "psnr": psnr(*pair),
-                "ssim": ssim(*pair),
+                **likeness(x_BHWC, y_BHWC, ("psnr", "ssim")),
                 "mean": average(mean),
                 "square": average(mean**2 + var),
                 "picture": y_BHWC,

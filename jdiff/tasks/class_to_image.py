@@ -11,6 +11,7 @@ from PIL import Image
 
 from jdiff import models, tree
 from jdiff.diffusion.process import Process, make_process
+from jdiff.evaluate.samples import Samples, of_pipeline
 from jdiff.loading import DTYPES, open_checkpoint
 from jdiff.pipelines import ClassPipeline, from_uint8, grid
 from jdiff.tasks import NOTHING, Losses, LossFn, mean_gradient, open_source, use_given
@@ -107,6 +108,12 @@ class ClassToImage:
         )
         image = grid(self.pipe.pictures(samples), columns=classes if 4 <= classes <= 16 else None)
         return image, {"labels": labels, **settings.to_dict()}
+
+    def samples(self, full: Any) -> Samples:
+        """See `Task.samples`; the grid's settings."""
+        s = self.config.sample
+        settings = {"steps": s.steps, "guidance_scale": s.guidance, "sampler": s.sampler, "seed": self.config.seed}
+        return of_pipeline(self.pipe, self.config.eval.num, self.config.batch_size, params=full["dit"], **settings)
 
     def facts(self, measures: Mapping[str, float]) -> dict[str, Any]:
         """See `Task.facts`."""

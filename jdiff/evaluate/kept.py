@@ -1,0 +1,76 @@
+"""Features on disk, a file a batch: a scoring that was killed goes on where it was."""
+
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jdiff import tree
+from jdiff.evaluate.features import Features, Network
+
+log = logging.getLogger(__name__)
+
+
+def kept_features(
+    network: Network,
+    batches: Callable[[int], Iterable[np.ndarray]],
+    folder: Path | None,
+    facts: Mapping[str, Any],
+    prompts: Sequence[str] = (),
+    mesh: Mesh | None = None,
+) -> Features:
+    """`network.features` of all pictures, each batch's kept in a folder below `folder` as soon as it is made; None keeps nothing.
+
+    batches: the number of a picture -> the pictures from there on, in the same batches whenever it is asked. facts: all that the
+    pictures depend on; what lies there of the same facts and network is read, and not made again.
+    """
+    if folder is None:
+        return network.features(batches(0), mesh, prompts)
+    facts = {**facts, "network": network.title}
+    place = folder / tree.digest(facts)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    parts = list(_read(place, network.outputs))
+    done = sum(len(part["pool_ND"]) for part in parts)
+    if done:
+        log.info("%d pictures' features are in %s", done, place)
+    for part in network.parts(batches(done), mesh):
+        _write(place / _name(done), part)
+        parts.append(part)
+        done += len(part["pool_ND"])
+    return network.joined(parts, prompts)
+
+
+def _name(first: int) -> str:
+    """The file of the batch that begins with this picture."""
+    return f"{first:09d}.npz"
+
+
+def _write(path: Path, part: Mapping[str, np.ndarray]) -> None:
+    """A batch's file, whole or not at all."""
+    partial = path.with_suffix(".tmp")
+    with partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, **part)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read(place: Path, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    """The batches that are there, up to the first that is missing or damaged."""
+    done = 0
+    while (path := place / _name(done)).is_file():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                part = {name: file[name] for name in names}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            log.warning("%s is damaged, and made again: %s", path, error)
+            return
+        yield part
+        done += len(part["pool_ND"])
