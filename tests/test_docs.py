@@ -14,7 +14,9 @@ from PIL import Image
 from test_inception import Peer, state
 from tiny_sd import make_folder
 
-PAGES = ("docs/stable_diffusion.md", "docs/lora.md", "README.md", "docs/evaluate.md", "docs/convert.md")
+PAGES = (
+    *("docs/stable_diffusion.md", "docs/lora.md", "README.md", "docs/int8.md", "docs/evaluate.md", "docs/convert.md"),
+)
 """What one makes the next ones take: a Stable Diffusion run, a LoRA, pictures of classes."""
 TWO_STEPS = ("--config.total_steps=2", "--config.sample.steps=2", "--config.log.tensorboard=false")
 LITTLE_SD = ("--config.batch_size=8", "--config.data.workers=0", *TWO_STEPS)
@@ -38,6 +40,7 @@ SMALL = {
     "tools/evaluate.py": ("--num", "6", "--resamples", "2"),
     "tools/lora.py extract": ("--rank", "2"),
     "tools/lora.py resize": ("--rank", "2", "--base", "BASE"),
+    "tools/quantize.py report": ("--num", "2", "--steps", "2"),
     "tools/cache_latents.py": ("--image-size", "32"),
 }
 
