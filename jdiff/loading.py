@@ -1,7 +1,7 @@
 """From a path to something that runs: `load` gives (model, params), `pipeline` a sampler around them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jdiff import checkpoint, convert, lora, models, sharding, tree
+from jdiff import checkpoint, convert, lora, models, quant, sharding, tree
 from jdiff import config as configs
 from jdiff.convert import lora as lora_files
+from jdiff.convert import quantized as quantized_files
+from jdiff.convert.arrays import release
 from jdiff.convert.files import read_json
 from jdiff.diffusion import schedulers
 from jdiff.diffusion.process import make_process
@@ -47,12 +49,21 @@ Loras = Sequence[str | Path | tuple[str | Path, float]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantized:
+    """How a checkpoint's kernels were rounded: the recipe's name, and models' fingerprints before that ({} when not taken)."""
+
+    recipe: str
+    digests: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Opened:
     """What a path holds: models by name ("dit", "unet", "vae", "text"), and what a pipeline takes beside them.
 
     models: (module, params) each: a run's on the mesh, others as views of their files. main: the one that the others serve.
     meta: a run's metadata, else None. tokenizer, scheduler (a scheduler_config.json), size (height and width of pictures):
     Stable Diffusion's, None where they are not there. class_names: of a model of classes, [] where they are not known.
+    quantized: None when no kernel is.
     """
 
     models: dict[str, tuple[Any, Any]]
@@ -63,6 +74,12 @@ class Opened:
     size: tuple[int, int] | None = None
     clip_skip: int = 0
     class_names: list[str] = dataclasses.field(default_factory=list)
+    quantized: Quantized | None = None
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Fingerprints of the models before they were quantized, by name; none where they are not."""
+        return self.quantized.digests if self.quantized else {}
 
 
 def load(
@@ -72,22 +89,25 @@ def load(
     step: int | None = None,
     mesh: Mesh | None = None,
     lora: Loras = (),
+    quantize: str | None = None,
 ) -> tuple[Any, Any]:
     """(model, params) of a training run's newest whole checkpoint, or of `step`: its main model, a dit, unet or vae; or of any
     checkpoint that `convert.read` reads: a diffusers folder's (of a pipeline's the dit or unet), DiT's .pt, a CompVis file's
-    UNet, or one on the hub by OWNER/NAME.
+    UNet, or one on the hub by OWNER/NAME; or of what tools/quantize.py made of one.
 
     weights: the moving average, or the parameters that were being trained, where there are both; step is a run's. mesh: where
     the arrays go (replicated over the default mesh when None), dtypes as stored. lora: what to attach, as in `pipeline`; a
-    LoRA run of jdiff's has its adapters attached to its base already. Raises CheckpointError or ConversionError, in one line,
+    LoRA run of jdiff's has its adapters attached to its base already. quantize: a recipe of `quant.RECIPES`, for a dit or unet
+    that is not quantized yet. Raises CheckpointError or ConversionError, in one line,
     when nothing there can be used.
     """
     mesh = mesh or sharding.make_mesh()
     opened = open_checkpoint(path, weights=weights, step=step, mesh=mesh)
+    opened = opened if quantize is None else quantized(opened, quantize, lora)
     module, params = opened.models[opened.main]
     all_params = {name: params for name, (_, params) in opened.models.items()}
     modules = {name: module for name, (module, _) in opened.models.items()}
-    attached, _ = attach(modules, {**all_params, opened.main: on(mesh, params)}, lora, mesh)
+    attached, _ = attach(modules, {**all_params, opened.main: on(mesh, params)}, lora, mesh, opened.digests)
     return module, place(mesh, attached[opened.main])
 
 
@@ -107,6 +127,8 @@ def open_checkpoint(
 ) -> Opened:
     """See `Opened`. dtype: of the models' computation: a run's own, or float32, when None. Errors as `load`'s."""
     path = convert.locate(path, weights)
+    if (path / quantized_files.NAME).is_file():
+        return _open_quantized(path, weights, step, dtype)
     if path.is_file() or any((path / name).exists() for name in ("config.json", "model_index.json")):
         return _open_foreign(path, weights, step, dtype or jnp.float32)
     found, meta = load_run(path, weights=weights, step=step, mesh=mesh)
@@ -123,12 +145,77 @@ def open_checkpoint(
     return dataclasses.replace(opened, tokenizer=tokenizer, **settings)
 
 
+def _one_set(path: Path, weights: Weights, step: int | None) -> None:
+    """ValueError where other weights are asked for than a folder has."""
+    for name, value, default in (("weights", weights, "ema"), ("step", step, None)):
+        if value != default:
+            raise ValueError(f"{name}={value}: {path} is no training run, and has one set of weights")
+
+
+FACTS = ("main", "meta", "scheduler", "size", "clip_skip", "class_names")
+"""What of a checkpoint its quantized copy keeps, beside models and tokenizer."""
+KEPT = ("config", "main", "models", "class_names", "step", "scheduler", "size", "clip_skip")
+"""And of a run's metadata."""
+
+
+def _open_quantized(path: Path, weights: Weights, step: int | None, dtype: Any) -> Opened:
+    """What `save_quantized` wrote."""
+    _one_set(path, weights, step)
+    found, content = quantized_files.read(path)
+    missing = [key for key in FACTS if key not in content.get("facts", {})]
+    if missing or not {"recipe", "digests"} <= set(content):
+        raise convert.ConversionError(f"{path / quantized_files.NAME} lacks {missing or 'recipe and digests'}")
+    facts = {key: content["facts"][key] for key in FACTS}
+    if dtype is None:
+        dtype = DTYPES[facts["meta"]["config"]["precision"]] if facts["meta"] else jnp.float32
+    modules = {name: (module.clone(dtype=dtype), params) for name, (module, params) in found.items()}
+    words = Tokenizer.from_folder(path / "tokenizer") if (path / "tokenizer").is_dir() else None
+    facts["size"] = facts["size"] and tuple(facts["size"])
+    return Opened(modules, tokenizer=words, quantized=Quantized(content["recipe"], content["digests"]), **facts)
+
+
+def save_quantized(opened: Opened, dest: str | Path, after: Callable[[int], None] = lambda _: None) -> dict[str, str]:
+    """Writes a checkpoint that `quantized` made; errors and result as `convert.quantized.write`'s."""
+    assert opened.quantized is not None
+    facts = {key: getattr(opened, key) for key in FACTS}
+    if opened.meta is not None:
+        facts["meta"] = {key: opened.meta[key] for key in KEPT if key in opened.meta}
+    record = {"recipe": opened.quantized.recipe, "digests": opened.quantized.digests, "facts": facts}
+    return quantized_files.write(dest, opened.models, record, opened.tokenizer, after)
+
+
+def quantized(opened: Opened, recipe: str, loras: Loras | None = None) -> Opened:
+    """A checkpoint with the kernels of its dit or unet rounded, one after another.
+
+    loras: what will be attached; the models' fingerprints, which a LoRA run is checked against, are taken only if there is a run
+    among them, or when None. ValueError for a recipe that there is not, a model that it has no rules for, or one quantized already.
+    """
+    rules = quant.find_recipe(recipe)
+    if opened.quantized is not None:
+        raise ValueError(f"quantize={recipe!r}: this checkpoint is quantized already, by {opened.quantized.recipe}")
+    if opened.main not in rules:
+        raise ValueError(
+            f"quantize={recipe!r}: recipes are for {' and '.join(rules)}, and this is a model of {opened.main}"
+        )
+    paths = [entry[0] if isinstance(entry, tuple) else entry for entry in loras or ()]
+    fingerprints = loras is None or any((Path(path) / "checkpoints").is_dir() for path in paths)
+    digests = {name: tree.fingerprint(params) for name, (_, params) in opened.models.items()} if fingerprints else {}
+    module, params = opened.models[opened.main]
+    made = quant.quantize(params, rules[opened.main], parts_of(module), release)
+    return dataclasses.replace(
+        opened, models={**opened.models, opened.main: (module, made)}, quantized=Quantized(recipe, digests)
+    )
+
+
+def parts_of(module: Any) -> dict[str, tuple[int, ...]]:
+    """Parts of kernels' inputs that have scales of their own: see `quant.quantize`."""
+    return module.concatenated() if hasattr(module, "concatenated") else {}
+
+
 def _open_foreign(path: Path, weights: Weights, step: int | None, dtype: Any) -> Opened:
     """A checkpoint of the PyTorch world's."""
     if path.is_dir():
-        for name, value, default in (("weights", weights, "ema"), ("step", step, None)):
-            if value != default:
-                raise ValueError(f"{name}={value}: {path} is no training run, and has one set of weights")
+        _one_set(path, weights, step)
     index = path / "model_index.json"
     if not index.exists():
         bundle = convert.read(path, weights=weights, dtype=dtype)
@@ -271,21 +358,24 @@ def _adapted(workdir: Path, step: int, meta: dict[str, Any], weights: str, mesh:
     return {name: (base.models[name][0], attached[name]) for name in meta["models"]}
 
 
-def check_base(record: dict[str, Any], params: Any, what: str) -> None:
-    """ValueError when params (by model) are not those that the adapters of a LoRA run's record were trained on."""
+def check_base(record: dict[str, Any], params: Any, what: str, before: Mapping[str, str] | None = None) -> None:
+    """ValueError when params (by model) are not those that the adapters of a LoRA run's record were trained on. before: their
+    fingerprints before they were quantized, by model, which will do."""
     for name, digest in record["base"].items():
-        if tree.fingerprint(params[name]) != digest:
+        if digest not in ((before or {}).get(name), tree.fingerprint(params[name])):
             raise ValueError(
                 f"{what} holds another {name} than the adapters were trained on: give that base, or train with "
                 "--config.lora.any_base=true to take this one"
             )
 
 
-def attach(modules: Mapping[str, Any], params: Any, loras: Loras, mesh: Mesh) -> tuple[Any, list[tuple[str, float]]]:
+def attach(
+    modules: Mapping[str, Any], params: Any, loras: Loras, mesh: Mesh, digests: Mapping[str, str] | None = None
+) -> tuple[Any, list[tuple[str, float]]]:
     """(params, by model, with the adapters of some files or LoRA runs attached, each one's name and strength).
 
-    modules: params' own, by name. ValueError when a file has adapters for a model that is not among params, or a run's were
-    trained on another base.
+    modules: params' own, by name. digests: `Opened.digests`. ValueError when a file has adapters for a model that is not among
+    params, or a run's were trained on another base.
     """
     base, names = params, []
     modules = {name: modules[name] for name in params}
@@ -293,7 +383,7 @@ def attach(modules: Mapping[str, Any], params: Any, loras: Loras, mesh: Mesh) ->
         path, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
         if (Path(path) / "checkpoints").is_dir():
             adapters, meta = load_adapters(Path(path), mesh=mesh)
-            check_base(meta["lora"], base, f"the base of lora={path}")
+            check_base(meta["lora"], base, f"the base of lora={path}", digests)
         else:
             adapters = lora_files.fit(lora_files.read(convert.locate(path)), modules)
         params = lora.attach(params, on(mesh, adapters), float(strength))
@@ -311,6 +401,7 @@ def pipeline(
     vae_precision: Literal["fp32", "bf16"] = "fp32",
     tokenizer: str | Path | None = None,
     lora: Loras = (),
+    quantize: str | None = None,
 ) -> ClassPipeline | TextPipeline:
     """A sampler for a training run, with its own settings of the diffusion, or for any checkpoint that `convert.read` reads:
     Stable Diffusion in diffusers' layout or in CompVis' single file, or a DiT, which samples as the official code does.
@@ -318,8 +409,8 @@ def pipeline(
     weights, step: of a run, as in `load`. mesh: all devices when None. precision: of the models' work: the run's own, or
     "fp32" for others, when None. vae_precision: of the autoencoder's. tokenizer: its folder or hub repository, which a single
     file of CompVis needs. lora: adapters to attach, `[("a.safetensors", 0.8), "b.safetensors"]`; their strengths are changed by
-    the pipeline's `set_lora_scale`. Raises CheckpointError, ConversionError or ValueError, in one line, for what is missing or
-    not supported.
+    the pipeline's `set_lora_scale`. quantize: a recipe of `quant.RECIPES`, for what tools/quantize.py has not quantized already.
+    Raises CheckpointError, ConversionError or ValueError, in one line, for what is missing or not supported.
     """
     mesh = mesh or sharding.make_mesh()
     for name, value in (("precision", precision), ("vae_precision", vae_precision)):
@@ -327,9 +418,10 @@ def pipeline(
             raise ValueError(f"{name}={value!r} is unknown; use {' or '.join(map(repr, DTYPES))}")
     dtype = None if precision is None else DTYPES[precision]
     opened = open_checkpoint(path, weights=weights, step=step, mesh=mesh, dtype=dtype)
+    opened = opened if quantize is None else quantized(opened, quantize, lora)
     modules = {name: module for name, (module, _) in opened.models.items()}
     if opened.main == "dit":
-        params, names = attach(modules, on(mesh, {"dit": opened.models["dit"][1]}), lora, mesh)
+        params, names = attach(modules, on(mesh, {"dit": opened.models["dit"][1]}), lora, mesh, opened.digests)
         return _class_pipeline(opened, params["dit"], names, mesh, DTYPES[vae_precision])
     if opened.meta is not None and opened.main != "unet":
         task = opened.meta["config"]["task"]
@@ -345,7 +437,9 @@ def pipeline(
                 f"{path} holds no tokenizer: give tokenizer=, its folder or the hub's openai/clip-vit-large-patch14"
             )
         words = Tokenizer.from_folder(tokenizer_folder(tokenizer))
-    params, names = attach(modules, on(mesh, {name: opened.models[name][1] for name in modules}), lora, mesh)
+    params, names = attach(
+        modules, on(mesh, {name: opened.models[name][1] for name in modules}), lora, mesh, opened.digests
+    )
     record = opened.scheduler
     return TextPipeline(
         modules["unet"],

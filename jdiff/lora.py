@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jdiff import tree
+from jdiff import tree, weights
 from jdiff.weights import LoRAWeight, QTensor, Weight, column_norm, unwrap
 
 Tree: TypeAlias = tree.Tree
@@ -75,7 +75,7 @@ def targets(base: Tree, rules: Sequence[Rule]) -> dict[str, Rule]:
 
     ValueError when a rule gets no kernel: it matches none, or rules before it take all that it matches.
     """
-    kernels = {path: leaf.shape for path, leaf in _leaves(base).items() if re.fullmatch(r"(.*/)?kernel", path)}
+    kernels = {path: leaf.shape for path, leaf in weights.flatten(base).items() if re.fullmatch(r"(.*/)?kernel", path)}
     chosen: dict[str, Rule] = {}
     for rule in rules:
         matched = [path for path, shape in kernels.items() if rule.matches(path, shape)]
@@ -115,7 +115,7 @@ def init(
         )
     if method == "pissa" and dora:
         raise ValueError("lora: pissa does not go with DoRA: both change what the base counts for")
-    chosen, leaves = targets(base, rules), _leaves(base)
+    chosen, leaves = targets(base, rules), weights.flatten(base)
     made = {}
     for (path, rule), path_key in zip(chosen.items(), jax.random.split(key, len(chosen)), strict=True):
         w, scale = leaves[path], rule.scale(rslora)
@@ -173,7 +173,7 @@ def attach(
         raise ValueError(f"lora: dropout={dropout} must be at least 0 and below 1")
     if dropout and key is None:
         raise ValueError(f"lora: dropout={dropout} needs a key")
-    leaves, found = _leaves(base), by_path(adapters)
+    leaves, found = weights.flatten(base), by_path(adapters)
     index = 1 + max((lora.index for leaf in leaves.values() for lora in unwrap(leaf)[1]), default=-1)
     new = {}
     for i, (path, parts) in enumerate(found.items()):
@@ -182,20 +182,22 @@ def attach(
         keys = _keys(jax.random.fold_in(key, i), w) if dropout and key is not None else None
         settings = {"strength": _strength(strength, w), "key": keys, "rate": float(dropout), "index": index}
         new[path] = LoRAWeight(w, **parts, **settings)
-    return _map(lambda path, leaf: new.get(path, leaf), base)
+    return weights.map_with_path(lambda path, leaf: new.get(path, leaf), base)
 
 
 def detach(attached: Tree) -> tuple[Tree, list[Tree]]:
     """Undoes `attach`: (the base, the adapters in the order of their attachment). Strengths and dropout are left behind."""
     found: dict[int, dict[str, Adapter]] = {}
-    for path, leaf in _leaves(attached).items():
+    for path, leaf in weights.flatten(attached).items():
         for lora in unwrap(leaf)[1]:
             parts = {name: getattr(lora, name) for name in (*TRAINED, "scale")}
             at = found.setdefault(lora.index, {})
             if path in at:
                 raise ValueError(f"lora: {path} has two adapters of index {lora.index}: `attach` numbers them")
             at[path] = {name: value for name, value in parts.items() if value is not None}
-    return _map(lambda _, leaf: unwrap(leaf)[0], attached), [tree.nested(found[index]) for index in sorted(found)]
+    return weights.map_with_path(lambda _, leaf: unwrap(leaf)[0], attached), [
+        tree.nested(found[index]) for index in sorted(found)
+    ]
 
 
 def set_strength(attached: Tree, index: int, strength: float | jax.Array) -> Tree:
@@ -203,7 +205,7 @@ def set_strength(attached: Tree, index: int, strength: float | jax.Array) -> Tre
 
     Nothing compiles anew, unless it was attached with strength None. ValueError when there is no such attachment.
     """
-    known = sorted({lora.index for leaf in _leaves(attached).values() for lora in unwrap(leaf)[1]})
+    known = sorted({lora.index for leaf in weights.flatten(attached).values() for lora in unwrap(leaf)[1]})
     if index not in known:
         raise ValueError(f"lora: there is no attachment {index}; there are {known}")
 
@@ -213,7 +215,7 @@ def set_strength(attached: Tree, index: int, strength: float | jax.Array) -> Tre
         here = _strength(strength, w) if w.index == index else w.strength
         return dataclasses.replace(w, w=changed(w.w), strength=here)
 
-    return _map(lambda _, leaf: changed(leaf), attached)
+    return weights.map_with_path(lambda _, leaf: changed(leaf), attached)
 
 
 def merge(base: Tree, adapters: Tree, strength: float = 1.0) -> Tree:
@@ -252,7 +254,7 @@ def extract(
         raise ValueError(f"lora: extract: energy={energy} must be above 0 and at most 1")
     if lines := tree.differences(base, tuned):
         raise ValueError(f"lora: extract: base and tuned differ in {len(lines)} leaves; the first: {lines[0]}")
-    before, after = _leaves(base), _leaves(tuned)
+    before, after = weights.flatten(base), weights.flatten(tuned)
     chosen = targets(base, [Rule(pattern, 1 if rank is None else rank)])
     made, shares = {}, {}
     for path in [path for path in before if _differ(before[path], after[path])]:
@@ -310,22 +312,6 @@ def by_path(adapters: Tree) -> dict[str, Adapter]:
             what = f"lacks {lacking}" if lacking else f"has the unknown parts {unknown}"
             raise ValueError(f"lora: the adapter at {path!r} {what}; it takes a, b, scale and, for DoRA, magnitude")
     return found
-
-
-def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, LoRAWeight | QTensor)
-
-
-def _leaves(base: Tree) -> dict[str, Any]:
-    """Weights by path: a LoRAWeight or QTensor is one."""
-    found = jax.tree_util.tree_leaves_with_path(base, is_leaf=_is_weight)
-    return {tree.path_name(path): leaf for path, leaf in found}
-
-
-def _map(function: Callable[[str, Any], Any], base: Tree) -> Tree:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(tree.path_name(path), leaf), base, is_leaf=_is_weight
-    )
 
 
 def _stack(w: Any) -> Shape:
@@ -395,12 +381,12 @@ def _wide(path: str, w: Any) -> jax.Array:
 
 def _change(base: Tree, found: Mapping[str, Adapter], function: Callable[[jax.Array, Adapter], jax.Array]) -> Tree:
     """The tree with `function(kernel, adapter)` for each kernel that has an adapter, computed wide, in the kernel's dtype."""
-    leaves, new = _leaves(base), {}
+    leaves, new = weights.flatten(base), {}
     for path, parts in found.items():
         w = _reached(leaves, path)
         _check(path, w, parts)
         new[path] = function(_wide(path, w), parts).astype(w.dtype)
-    return _map(lambda path, leaf: new.get(path, leaf), base)
+    return weights.map_with_path(lambda path, leaf: new.get(path, leaf), base)
 
 
 def _product(shape: Shape, adapter: Adapter) -> jax.Array:

@@ -12,27 +12,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jdiff import qtensor, tree
 from jdiff.convolution import convolve
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["qvalue", "scale"], meta_fields=[])
-class QTensor:
-    """A symmetric integer tensor: `qvalue * scale`.
-
-    qvalue: int8, a kernel's own shape (..., in, out); scale: float, (..., 1, out), one a column. Leading axes are stacked
-    layers. `qvalue` comes first because Flax checks a parameter's shape against its first leaf.
-    """
-
-    def __init__(self, qvalue: Any, scale: Any):
-        self.qvalue, self.scale = qvalue, scale
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.qvalue.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.scale.dtype
+from jdiff.qtensor import QTensor, Rounded
 
 
 @partial(
@@ -77,10 +59,28 @@ class LoRAWeight:
         return self.w.dtype
 
 
-Weight: TypeAlias = jax.Array | QTensor | LoRAWeight
+Weight: TypeAlias = jax.Array | QTensor | Rounded | LoRAWeight
 
 
-def unwrap(w: Weight) -> tuple[jax.Array | QTensor, list[LoRAWeight]]:
+def is_weight(leaf: Any) -> bool:
+    """Whether a node of a tree stands for an array."""
+    return isinstance(leaf, QTensor | Rounded | LoRAWeight)
+
+
+def flatten(params: tree.Tree) -> dict[str, Any]:
+    """`tree.flatten` with weights as leaves."""
+    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
+    return {tree.path_name(path): leaf for path, leaf in found}
+
+
+def map_with_path(function: Callable[[str, Any], Any], params: tree.Tree) -> tree.Tree:
+    """`tree.map_with_path` with weights as leaves."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(tree.path_name(path), leaf), params, is_leaf=is_weight
+    )
+
+
+def unwrap(w: Any) -> tuple[Any, list[LoRAWeight]]:
     """A weight's kernel, and the adapters around it from the inside out."""
     adapters = []
     while isinstance(w, LoRAWeight):
@@ -93,8 +93,8 @@ def dot(x: jax.Array, w: Weight) -> jax.Array:
     """`x (..., in) @ w (in, out)` in x's dtype."""
     if isinstance(w, LoRAWeight):
         return _adapted(dot, x, w)
-    if isinstance(w, QTensor):
-        return jnp.dot(x, w.qvalue.astype(x.dtype)) * w.scale[0].astype(x.dtype)
+    if isinstance(w, QTensor | Rounded):
+        return qtensor.dot(x, w)
     return jnp.dot(x, w.astype(x.dtype))
 
 
@@ -102,13 +102,12 @@ def conv(x_BHWC: jax.Array, w: Weight, strides: Sequence[int] = (1, 1), padding:
     """NHWC convolution with an HWIO kernel, in x's dtype."""
     if isinstance(w, LoRAWeight):
         return _adapted(partial(conv, strides=strides, padding=padding), x_BHWC, w)
-    if isinstance(w, QTensor):
-        y = conv(x_BHWC, w.qvalue.astype(x_BHWC.dtype), strides, padding)
-        return y * w.scale.reshape(-1).astype(x_BHWC.dtype)
+    if isinstance(w, QTensor | Rounded):
+        return qtensor.conv(x_BHWC, w, strides, padding)
     return convolve(x_BHWC, w.astype(x_BHWC.dtype), strides, padding)
 
 
-def take(w: Weight, ids: jax.Array, dtype: Any) -> jax.Array:
+def take(w: jax.Array | QTensor | LoRAWeight, ids: jax.Array, dtype: Any) -> jax.Array:
     """Rows of an embedding table (rows, width): shape ids.shape + (width,). ids must be in range: they are not checked.
 
     An adapter's dropout does not reach tables, as in peft: ids cannot be dropped.
@@ -116,7 +115,7 @@ def take(w: Weight, ids: jax.Array, dtype: Any) -> jax.Array:
     if isinstance(w, LoRAWeight):
         return _adapted(lambda ids, table: take(table, ids, dtype), ids, w, drops=False)
     if isinstance(w, QTensor):
-        return jnp.take(w.qvalue, ids, axis=0).astype(dtype) * w.scale[0].astype(dtype)
+        return qtensor.take(w, ids, dtype)
     return jnp.take(w, ids, axis=0).astype(dtype)
 
 
@@ -157,10 +156,8 @@ def column_norm(w: jax.Array | QTensor, a: jax.Array, b: jax.Array, scale: jax.A
     a = a.reshape(-1, a.shape[-1]).astype(wide) * scale.astype(wide)
     b = b.astype(wide)
     if isinstance(w, QTensor):
-        w = QTensor(w.qvalue.reshape(-1, w.shape[-1]), w.scale.reshape(1, -1))
-        squares = jnp.sum(jnp.square(w.qvalue.astype(wide)), 0) * jnp.square(w.scale[0].astype(wide))
-    else:
-        w = w.reshape(-1, w.shape[-1])
-        squares = jnp.sum(jnp.square(w.astype(wide)), 0)
+        w = qtensor.dequantize(w, wide)
+    w = w.reshape(-1, w.shape[-1]).astype(wide)
+    squares = jnp.sum(jnp.square(w), 0)
     with jax.default_matmul_precision("float32"):  # g - 1 is a small difference
         return jnp.sqrt(squares + jnp.sum((2 * dot(a.T, w) + a.T @ a @ b) * b, 0))

@@ -16,7 +16,7 @@ from tiny_sd import make_clip, make_folder
 
 PAGES = (
     *("docs/stable_diffusion.md", "docs/lora.md", "README.md", "docs/train.md", "docs/sample.md", "docs/scale.md"),
-    *("docs/evaluate.md", "docs/app.md", "docs/convert.md"),
+    *("docs/int8.md", "docs/evaluate.md", "docs/app.md", "docs/convert.md"),
 )
 """What one makes the next ones take: a Stable Diffusion run, a LoRA, pictures of classes."""
 TWO_STEPS = ("--config.total_steps=2", "--config.sample.steps=2", "--config.log.tensorboard=false")
@@ -41,6 +41,7 @@ SMALL = {
     "tools/evaluate.py": ("--num", "6", "--resamples", "2"),
     "tools/lora.py extract": ("--rank", "2"),
     "tools/lora.py resize": ("--rank", "2", "--base", "BASE"),
+    "tools/quantize.py report": ("--num", "2", "--steps", "2"),
     "tools/cache_latents.py": ("--image-size", "32"),
 }
 

@@ -51,11 +51,17 @@ class Lazy:
 
 
 class Stacked(Lazy):
-    """Equally shaped arrays along a new first axis."""
+    """Equally shaped arrays along a new first axis; `stacked[i]` is the i-th, as it came in."""
 
     def __init__(self, parts: Sequence[Array]):
         super().__init__(parts)
         self.shape = (len(self.parts), *self.parts[0].shape)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, i: int) -> Array:
+        return self.parts[i]
 
     def _fill(self, out: np.ndarray) -> None:
         for part, row in zip(self.parts, out, strict=True):
@@ -85,11 +91,6 @@ def _copy(part: Array, out: np.ndarray) -> None:
         part._fill(out)
     else:
         out[...] = part
-
-
-def layer(x: Array, i: int) -> Array:
-    """Undoes `Stacked`: row i of an array's first axis."""
-    return x.parts[i] if isinstance(x, Stacked) else x[i]
 
 
 def columns(x: Array, n: int) -> tuple[Array, ...]:

@@ -127,6 +127,8 @@ def read(
     """
     path = hub.locate(path, weights)
     if path.is_dir():
+        if (path / "quantized.json").is_file():
+            raise refuse(f"{path} is quantized, and its floats are gone: give the checkpoint that it was made from")
         if (path / "model_index.json").is_file():
             return _read_pipeline(path, weights, dtype, mixed)
         return _read_component(path, weights, dtype, mixed)

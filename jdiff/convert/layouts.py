@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jdiff.convert.arrays import Array, Joined, Stacked, columns, layer, transpose
+from jdiff.convert.arrays import Array, Joined, Stacked, columns, transpose
 
 Shape = tuple[int, ...]
 
@@ -129,7 +129,7 @@ class Layers:
         return Stacked([self.inner.read(arrays[i * n : (i + 1) * n]) for i in range(self.depth)])
 
     def write(self, leaf: Array) -> list[Array]:
-        return [array for i in range(self.depth) for array in self.inner.write(layer(leaf, i))]
+        return [array for i in range(self.depth) for array in self.inner.write(leaf[i])]
 
 
 @dataclasses.dataclass(frozen=True)

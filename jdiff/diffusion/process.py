@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jdiff.diffusion.loss import flow_loss, gaussian_loss
 from jdiff.diffusion.sampler import Part, ddim, ddpm, flow_euler, flow_heun
@@ -12,6 +13,7 @@ from jdiff.diffusion.schedule import (
     ModelFn,
     Schedule,
     TimestepBias,
+    add_noise,
     make_schedule,
     offset_noise,
     respace,
@@ -76,6 +78,14 @@ class Process:
             input_noise_BHWC=input_noise_BHWC,
         )
         return {**losses, "time": t_B / len(self.schedule)}
+
+    def noised(self, x_0_BHWC: jax.Array, level_B: jax.Array, noise_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(x_0 with noise, the times that a model is told) at noise levels in [0, 1)."""
+        if self.schedule is None:
+            level = level_B.reshape(-1, *(1,) * (x_0_BHWC.ndim - 1))
+            return (1.0 - level) * x_0_BHWC + level * noise_BHWC, 1.0 - level_B
+        t_B = (level_B * len(self.schedule)).astype(jnp.int32)
+        return add_noise(self.schedule, x_0_BHWC, noise_BHWC, t_B), jnp.asarray(self.schedule.timesteps)[t_B]
 
     def sample(
         self,

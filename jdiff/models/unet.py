@@ -270,6 +270,20 @@ class UNet(nn.Module):
         x_BHWC = nn.silu(GroupNorm(groups, EPS, name="conv_norm_out")(x_BHWC))
         return Conv(self.out_channels, (3, 3), kernel_init=zeros, dtype=self.dtype, name="conv_out")(x_BHWC)
 
+    def concatenated(self) -> dict[str, tuple[int, int]]:
+        """Kernels whose input is a picture beside a skip: how many channels each brings, by the kernel's path."""
+        widths, last = self.block_out_channels, len(self.block_out_channels) - 1
+        skips = [widths[0]]
+        for i, width in enumerate(widths):
+            skips += [width] * (self.layers_per_block + (i < last))
+        found, hidden = {}, widths[-1]
+        for i, width in enumerate(widths[::-1]):
+            for j in range(self.layers_per_block + 1):
+                parts, hidden = (hidden, skips.pop()), width
+                for name in ("conv1", "conv_shortcut"):
+                    found[f"up_blocks_{i}/resnets_{j}/{name}/kernel"] = parts
+        return found
+
     def dummy_inputs(self, batch: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Zeros of shapes that `init` takes, the smallest that will do."""
         side = 2 ** (len(self.block_out_channels) - 1)

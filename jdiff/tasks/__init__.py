@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from jdiff import data, tree
+from jdiff import data, tree, weights
 from jdiff.data import Source
 from jdiff.evaluate.samples import Samples
 from jdiff.tree import nearest
@@ -118,11 +118,11 @@ def use_given(full: Any, given: Any) -> Any:
 
     Under jit what was initialised in their place is never computed.
     """
-    want, have = tree.flatten(full), tree.flatten(given)
+    want, have = tree.flatten(full), weights.flatten(given)
     for path, leaf in have.items():
         if path not in want:
             raise ValueError(f"{path} is given, and the model has no such array{nearest(path, want)}")
-        if tree.describe(leaf) != tree.describe(want[path]):
+        if tree.describe(leaf) != tree.describe(want[path]):  # an integer kernel's are its shape and its scales' dtype
             found, expected = tree.describe(leaf), tree.describe(want[path])
             raise ValueError(f"{path} is given as {found}, and the model takes {expected}")
     return tree.map_with_path(lambda path, leaf: have.get(path, leaf), full)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from jdiff import models, sharding, tree
 from jdiff.evaluate.reconstruction import likeness, read_lpips, reconstruct
-from jdiff.loading import DTYPES, open_checkpoint
+from jdiff.loading import DTYPES
 from jdiff.models import lpips
 from jdiff.models.discriminator import PatchDiscriminator
 from jdiff.pipelines import from_uint8, gather, grid, to_uint8
@@ -28,7 +28,7 @@ from jdiff.pipelines.rows import spread
 from jdiff.tasks import NOTHING, Batch, GradientFn, Losses, open_source, use_given
 from jdiff.tasks import autoencoder_loss as losses
 from jdiff.tasks.heldout import heldout_records
-from jdiff.tasks.parts import Part, part_of, refuse_sizes
+from jdiff.tasks.parts import Part, open_base, part_of, refuse_sizes
 
 log = logging.getLogger(__name__)
 DUMMY = (1, 32, 32, 3)
@@ -246,4 +246,4 @@ class Autoencoder:
 def _given_vae(config: Any, dtype: Any) -> Part:
     """The autoencoder of init_from. ValueError where the config asks for sizes of its own."""
     refuse_sizes(config, ("vae.",))
-    return part_of(open_checkpoint(config.init_from, dtype=dtype), "vae", f"init_from={config.init_from}")
+    return part_of(open_base(config, dtype), "vae", f"init_from={config.init_from}")

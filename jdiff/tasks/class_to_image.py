@@ -12,10 +12,10 @@ from PIL import Image
 from jdiff import models, tree
 from jdiff.diffusion.process import Process, make_process
 from jdiff.evaluate.samples import Samples, of_pipeline
-from jdiff.loading import DTYPES, open_checkpoint
+from jdiff.loading import DTYPES
 from jdiff.pipelines import ClassPipeline, from_uint8, grid
 from jdiff.tasks import NOTHING, Losses, LossFn, mean_gradient, open_source, use_given
-from jdiff.tasks.parts import part_of
+from jdiff.tasks.parts import open_base, part_of
 
 
 def class_loss(model: Any, process: Process) -> LossFn:
@@ -67,7 +67,7 @@ class ClassToImage:
         path = self.config.init_from
         if path is None:
             return {}
-        part = part_of(open_checkpoint(path), "dit", f"init_from={path}")
+        part = part_of(open_base(self.config), "dit", f"init_from={path}")
         same = {"remat", "scan_layers"}  # how it is run
         if not self.config.lora.rank:
             same.add("image_size")  # another has other positions, which no training changes

@@ -12,6 +12,7 @@ import numpy as np
 
 from jdiff import checkpoint, models, tree
 from jdiff import config as configs
+from jdiff.convert.arrays import is_float
 from jdiff.data import BrokenRecord, Source
 from jdiff.loading import Opened, open_checkpoint, tokenizer_folder
 from jdiff.tokens import Tokenizer
@@ -30,8 +31,20 @@ class Part:
         return tree.digest({**tree.checksums(self.read()), "model": models.describe(self.module)})
 
     def weights(self) -> Any:
-        """The weights in float32, {} when it starts untrained."""
-        return {} if self.read is None else jax.tree.map(lambda x: np.asarray(x, np.float32), self.read())
+        """The weights in float32, but integers as they are; {} when it starts untrained."""
+        wide = lambda x: np.asarray(x, np.float32 if is_float(x.dtype) else x.dtype)  # noqa: E731
+        return {} if self.read is None else jax.tree.map(wide, self.read())
+
+
+def open_base(config: Any, dtype: Any = None) -> Opened:
+    """init_from's checkpoint. ValueError when it is quantized, and not for adapters alone."""
+    base = open_checkpoint(config.init_from, dtype=dtype)
+    if base.quantized is not None and not config.lora.rank:
+        raise ValueError(
+            f"init_from={config.init_from} is quantized ({base.quantized.recipe}) and cannot be trained itself: train adapters "
+            "over it (--config.lora.rank=8), or give the checkpoint that it was made from"
+        )
+    return base
 
 
 def part_of(opened: Opened, name: str, path: str) -> Part:

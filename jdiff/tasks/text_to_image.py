@@ -20,10 +20,10 @@ from jdiff.data.latents import read_meta
 from jdiff.data.prior import WithPrior
 from jdiff.data.prompts import Prompts
 from jdiff.diffusion.process import Process, make_text_process, make_text_scheduler, scheduler_record
-from jdiff.loading import DTYPES, Opened, open_checkpoint
+from jdiff.loading import DTYPES, Opened
 from jdiff.pipelines import TextPipeline, grid
 from jdiff.tasks import NOTHING, Losses, LossFn, mean_gradient, use_given
-from jdiff.tasks.parts import Part, find_tokenizer, open_vae, part_of, refuse_sizes
+from jdiff.tasks.parts import Part, find_tokenizer, open_base, open_vae, part_of, refuse_sizes
 
 
 def text_loss(
@@ -73,7 +73,7 @@ class TextToImage:
         self.config, dtype = config, DTYPES[config.precision]
         _check_base(config)
         # what can be said without the data comes before a long listing
-        base = None if config.init_from is None else open_checkpoint(config.init_from, dtype=dtype)
+        base = None if config.init_from is None else open_base(config, dtype)
         self.scheduler = make_text_scheduler(config.diffusion, config.sample.scheduler, base and base.scheduler)
         self.scheduler.plan(config.sample.steps)
         if not config.sample.prompts:

@@ -1,0 +1,244 @@
+"""Integer kernels: how they are made, and their products.
+
+Rounding is symmetric, without zero points. As in Google's AQT the largest value stands half a step beyond the largest integer, to
+which it is clipped: no error is above half a step, and steps are finer. Products are int8 x int8 -> int32, with both scales on what
+comes out. The backward pass is in floats, straight through the rounding (arXiv:1308.3432): that of the same product with
+the dequantized kernel and the activations as they were.
+
+Shapes: C inputs, D outputs, G parts of the input axis.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jdiff.convolution import convolve, has_integers
+
+Window: TypeAlias = tuple[tuple[int, ...], Any] | None
+"""Strides and padding of a convolution; None for a matrix product."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How a kernel is rounded.
+
+    bits: 8 or 4. group: so many inputs share a scale, at each tap of a convolution; None: all inputs and taps of a column do.
+    integer: activations are rounded to int8 as well, where they are used, and the product is one of integers.
+    """
+
+    bits: int = 8
+    group: int | None = None
+    integer: bool = False
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["qvalue", "scale"], meta_fields=["integer", "sizes"])
+@dataclasses.dataclass(eq=False)
+class QTensor:
+    """A symmetric integer kernel: `qvalue * scale`, each row of scales being that of a part of the input axis.
+
+    qvalue: int8 or int4, a kernel's own shape (..., C, D). scale: float, (..., G, D); a convolution's taps share theirs,
+    (1, 1, G, D), or not, (kh, kw, G, D). Leading axes are stacked layers. integer: see `Scheme`. sizes: the parts' lengths where
+    they differ. `qvalue` comes first because Flax checks a parameter's shape against its first leaf.
+    """
+
+    qvalue: Any
+    scale: Any
+    integer: bool = False
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.qvalue.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.scale.dtype
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["scheme", "sizes"])
+@dataclasses.dataclass(eq=False)
+class Rounded:
+    """A float kernel in training that acts as the QTensor it would become; its gradient goes straight through the rounding."""
+
+    w: Any
+    scheme: Scheme
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.w.dtype
+
+
+def quantize(kernel: jax.Array, scheme: Scheme, sizes: tuple[int, ...] = ()) -> QTensor:
+    """A kernel (..., C, D) rounded to the nearest, a scale for each column's part.
+
+    An odd number of axes means stacked layers in front. sizes: parts of the input axis that have a scale each, C in all.
+    ValueError when the parts are not those of the kernel.
+    """
+    C, stack = kernel.shape[-2], kernel.ndim % 2
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    taps = () if scheme.group else tuple(range(stack, kernel.ndim - 2))
+    parts = sizes or (scheme.group or C,) * (C // (scheme.group or C))
+    if sum(parts) != C:
+        raise ValueError(
+            f"a kernel {tuple(kernel.shape)} has {C} inputs, which parts of {sorted(set(parts))} do not make up"
+        )
+    largest = _largest(kernel, parts, taps)
+    top = 2 ** (scheme.bits - 1) - 1
+    # a column of zeros has any scale
+    scale = jnp.where(largest == 0, 1, largest) / (top + 0.5)
+    qvalue = jnp.clip(jnp.round(kernel / _spread(scale, parts)), -top, top)
+    return QTensor(
+        qvalue.astype(jnp.int8 if scheme.bits == 8 else jnp.int4),
+        scale.astype(jnp.float32),
+        scheme.integer,
+        tuple(sizes),
+    )
+
+
+def _largest(kernel: jax.Array, parts: tuple[int, ...], taps: tuple[int, ...]) -> jax.Array:
+    """Absolute values' maxima over each part of the input axis, and `taps`: (..., G, D)."""
+    kernel = jnp.abs(kernel)
+    if len(set(parts)) == 1:
+        *lead, _, D = kernel.shape
+        return kernel.reshape(*lead, len(parts), parts[0], D).max((*taps, -2), keepdims=True).squeeze(-2)
+    pieces = jnp.split(kernel, np.cumsum(parts[:-1]), axis=-2)
+    return jnp.concatenate([piece.max((*taps, -2), keepdims=True) for piece in pieces], -2)
+
+
+def _spread(scale: jax.Array, parts: Sequence[int]) -> jax.Array:
+    """A scale for each input: (..., C, D); (..., 1, D) when all share one."""
+    if len(parts) == 1:
+        return scale
+    if len(set(parts)) == 1:
+        return jnp.repeat(scale, parts[0], axis=-2)
+    rows = [
+        jnp.broadcast_to(scale[..., i : i + 1, :], (*scale.shape[:-2], n, scale.shape[-1])) for i, n in enumerate(parts)
+    ]
+    return jnp.concatenate(rows, -2)
+
+
+def _parts(w: QTensor) -> tuple[int, ...]:
+    G = w.scale.shape[-2]
+    return w.sizes or (w.shape[-2] // G,) * G
+
+
+def dequantize(w: QTensor, dtype: Any = jnp.float32) -> jax.Array:
+    """The kernel in floats."""
+    return w.qvalue.astype(dtype) * _spread(w.scale, _parts(w)).astype(dtype)
+
+
+def dot(x: jax.Array, w: QTensor | Rounded) -> jax.Array:
+    """`x (..., C) @ w (C, D)` in x's dtype; activations are rounded by a scale a token."""
+    return _product(None, x, w)
+
+
+def conv(x_BHWC: jax.Array, w: QTensor | Rounded, strides: Sequence[int], padding: Any) -> jax.Array:
+    """See `convolution.convolve`. Activations are rounded by a scale a pixel where the kernel is 1x1, else one a picture; they
+    are not where the backend convolves no integers."""
+    pads = (
+        lax.padtype_to_pads(x_BHWC.shape[1:3], w.shape[:2], strides, padding) if isinstance(padding, str) else padding
+    )
+    return _product((tuple(strides), tuple((int(a), int(b)) for a, b in pads)), x_BHWC, w)
+
+
+def take(w: QTensor, ids: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of a table."""
+    scale = _spread(w.scale, _parts(w)).astype(dtype)
+    return jnp.take(w.qvalue, ids, axis=0).astype(dtype) * (
+        scale[0] if len(scale) == 1 else jnp.take(scale, ids, axis=0)
+    )
+
+
+def _product(window: Window, x: jax.Array, w: QTensor | Rounded) -> jax.Array:
+    if isinstance(w, Rounded):
+        return _straight_through(window, w.scheme, w.sizes, x, w.w)
+    runs = window is None or _pointwise(window, w) or has_integers()
+    return _integer(window, x, w) if w.integer and runs else weight_only(window, x, w)
+
+
+def weight_only(window: Window, x: jax.Array, w: QTensor) -> jax.Array:
+    """The product in floats: one row of scales meets what comes out, several meet the kernel."""
+    if w.scale.size == w.shape[-1]:
+        return _float(window, x, w.qvalue.astype(x.dtype)) * w.scale.reshape(-1).astype(x.dtype)
+    return _float(window, x, dequantize(w, x.dtype))
+
+
+def _float(window: Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.dot(x, kernel) if window is None else convolve(x, kernel, *window)
+
+
+def _pointwise(window: Window, w: QTensor) -> bool:
+    return window == ((1, 1), ((0, 0), (0, 0))) and w.shape[:2] == (1, 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _integer(window: Window, x: jax.Array, w: QTensor) -> jax.Array:
+    """The product of integers, part by part of the input axis."""
+    qvalue, scale = w.qvalue, w.scale
+    if window is not None and _pointwise(window, w):
+        window, qvalue, scale = None, qvalue[0, 0], scale[0, 0]
+    scale, wide = scale.reshape(-1, w.shape[-1]), jnp.promote_types(x.dtype, jnp.float32)
+    total, start = jnp.zeros((), wide), 0
+    for row, size in enumerate(_parts(w)):
+        x_s8, step = round_activations(x[..., start : start + size], (-1,) if window is None else (1, 2, 3))
+        total += _accumulate(window, x_s8, qvalue[..., start : start + size, :]).astype(wide) * (step * scale[row])
+        start += size
+    return total.astype(x.dtype)
+
+
+_integer.defvjp(
+    lambda window, x, w: (_integer(window, x, w), (x, w)),
+    lambda window, saved, g: jax.vjp(partial(weight_only, window), *saved)[1](g),
+)
+
+
+def round_activations(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """(int8, step in at least fp32) with x near int8 * step, a step for all values over `axes`. NaN and infinity come back as
+    NaN in the step."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    largest = jnp.abs(x).max(axes, keepdims=True)
+    step = jnp.where(largest == 0, 1, jnp.where(largest == jnp.inf, jnp.nan, largest)) / 127.5
+    return jnp.clip(jnp.round(x / step), -127, 127).astype(jnp.int8), step
+
+
+def _accumulate(window: Window, x_s8: jax.Array, kernel_s8: jax.Array) -> jax.Array:
+    if window is None:
+        axes = (((x_s8.ndim - 1,), (0,)), ((), ()))
+        return lax.dot_general(x_s8, kernel_s8, axes, preferred_element_type=jnp.int32)
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x_s8, kernel_s8, *window, dimension_numbers=layout, preferred_element_type=jnp.int32
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _straight_through(
+    window: Window, scheme: Scheme, sizes: tuple[int, ...], x: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    return _product(window, x, quantize(kernel, scheme, sizes))
+
+
+def _straight_through_backward(
+    window: Window, scheme: Scheme, sizes: tuple[int, ...], saved: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    dequantized = dequantize(quantize(kernel, scheme, sizes), x.dtype)
+    dx, dkernel = jax.vjp(partial(_float, window), x, dequantized)[1](g)
+    return dx, dkernel.astype(kernel.dtype)
+
+
+_straight_through.defvjp(
+    lambda window, scheme, sizes, x, kernel: (_straight_through(window, scheme, sizes, x, kernel), (x, kernel)),
+    _straight_through_backward,
+)

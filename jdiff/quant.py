@@ -1,0 +1,202 @@
+"""int8 as an operation on parameter trees: recipes say by path how each kernel is rounded; the model's layers do the rest.
+
+A recipe has a list of rules for each family of models: (regex over whole paths, name of `SCHEMES`). The first that matches wins,
+and each must get a kernel; what no rule matches stays as it is. Embedders, first and last layers, the time path and norms stay
+high, and so do text encoders and autoencoders; what makes adaLN's shifts, scales and gates of the time (a third of DiT-XL/2's
+parameters) is stored in int8 and multiplied in floats; the products of attention stay as they are.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from jdiff import qtensor, tree, weights
+from jdiff.qtensor import QTensor, Rounded, Scheme
+from jdiff.weights import LoRAWeight, unwrap
+
+Tree: TypeAlias = tree.Tree
+Rules: TypeAlias = Sequence[tuple[str, str]]
+
+SCHEMES: dict[str, Scheme | None] = {
+    "high": None,
+    "w8": Scheme(),
+    "w8a8": Scheme(integer=True),
+    "w4": Scheme(bits=4, group=64),
+}
+"""Name -> how a kernel is rounded; None: not at all."""
+
+
+def _dit(blocks: str) -> Rules:
+    return (
+        (r"(x_embedder|t_embedder/.*|final_linear)/kernel", "high"),
+        (r"(final_)?adaLN_modulation/kernel", "w8"),
+        (r"blocks/.*/kernel", blocks),
+    )
+
+
+def _unet(rest: str) -> Rules:
+    return (
+        (r"(conv_in|conv_out|time_embedding/.*)/kernel", "high"),
+        (r".*/time_emb_proj/kernel", "w8"),
+        (r".*/kernel", rest),
+    )
+
+
+RECIPES: dict[str, dict[str, Rules]] = {name: {"dit": _dit(name), "unet": _unet(name)} for name in ("w8a8", "w8", "w4")}
+"""Name -> the rules of each model that is rounded, by what a pipeline calls it.
+
+w8a8: products of integers, activations rounded where they are used. w8: kernels in int8, products in floats. w4: kernels in int4,
+64 inputs to a scale, products in floats.
+"""
+
+
+def find_recipe(name: str) -> dict[str, Rules]:
+    """A recipe by its name; ValueError, with the nearest, for one that there is not."""
+    if name not in RECIPES:
+        raise ValueError(f"quantize={name!r} is unknown{tree.nearest(name, RECIPES)}; use one of {list(RECIPES)}")
+    return RECIPES[name]
+
+
+def choose(params: Tree, rules: Rules) -> dict[str, str]:
+    """The rule's pattern that each weight goes by, by its path; weights that no rule matches are left out.
+
+    params: weights or shapes. ValueError for a rule that gets nothing, or names no scheme; for a kernel that is an integer's
+    already; for one that `w4`'s groups do not divide.
+    """
+    leaves, schemes = weights.flatten(params), dict(rules)
+    chosen: dict[str, str] = {}
+    for pattern, scheme in rules:
+        if scheme not in SCHEMES:
+            raise ValueError(
+                f"quantize: rule {pattern!r} has the scheme {scheme!r}{tree.nearest(scheme, SCHEMES)}; use one of {list(SCHEMES)}"
+            )
+        matched = [path for path in leaves if re.fullmatch(pattern, path)]
+        mine = [path for path in matched if path not in chosen]
+        if not mine:
+            why = "rules before it take all that it matches" if matched else f"it matches none of {len(leaves)} arrays"
+            raise ValueError(
+                f"quantize: rule {pattern!r} gets no array: {why}, of which the first is {next(iter(leaves), '')!r}"
+            )
+        chosen |= dict.fromkeys(mine, pattern)
+    for path, pattern in chosen.items():
+        kernel, scheme = unwrap(leaves[path])[0], SCHEMES[schemes[pattern]]
+        if isinstance(kernel, QTensor | Rounded):
+            raise ValueError(f"quantize: {path} is quantized already: give the checkpoint that it was made from")
+        if scheme is not None and len(kernel.shape) < 2:
+            raise ValueError(f"quantize: {path} has the shape {tuple(kernel.shape)}, which is no kernel's")
+        if scheme is not None and scheme.group and kernel.shape[-2] % scheme.group:
+            raise ValueError(
+                f"quantize: {path} has {kernel.shape[-2]} inputs, no multiple of the {scheme.group} that share a scale: use w8"
+            )
+    return chosen
+
+
+def quantize(
+    params: Tree,
+    rules: Rules,
+    parts: Mapping[str, tuple[int, ...]] | None = None,
+    done: Callable[[Any], None] = lambda _: None,
+) -> Tree:
+    """The tree with its kernels as `QTensor`s, one after another; kernels inside adapters too. Errors as `choose`'s.
+
+    params: a model's, arrays of jax or numpy, or what makes one in `np.asarray`; or their shapes, under `jax.eval_shape`.
+    parts: the lengths of a kernel's input axis that have scales of their own, by path (`UNet.concatenated`). done: called with
+    each kernel that has been rounded.
+    """
+
+    def rounded(leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> QTensor:
+        made = _quantized(leaf, scheme, sizes)
+        done(leaf)
+        return made
+
+    return _each(params, rules, parts, rounded)
+
+
+def train(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | None = None) -> Tree:
+    """The tree with its kernels as `Rounded`: int8 forward, the float kernels' gradient. Arguments and errors as `quantize`'s."""
+    return _each(params, rules, parts, Rounded)
+
+
+def _each(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | None, function: Any) -> Tree:
+    chosen, schemes = choose(params, rules), dict(rules)
+
+    def change(path: str, leaf: Any) -> Any:
+        scheme = SCHEMES[schemes[chosen[path]]] if path in chosen else None
+        if scheme is None:
+            return leaf
+        if isinstance(leaf, LoRAWeight):
+            return replace(leaf, w=change(path, leaf.w))
+        # a scale for each of w4's groups is for each part as well
+        return function(leaf, scheme, () if scheme.group else (parts or {}).get(path, ()))
+
+    return weights.map_with_path(change, params)
+
+
+_quantize = jax.jit(qtensor.quantize, static_argnums=(1, 2))
+
+
+def _quantized(leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> QTensor:
+    if isinstance(leaf, jax.Array):
+        return _quantize(leaf, scheme, sizes)
+    if len(leaf.shape) % 2 == 0:
+        return _quantize(np.asarray(leaf), scheme, sizes)
+    # of what is in a file a layer at a time: all of a large model's are gigabytes
+    layers = [jax.tree.map(np.asarray, _quantize(np.asarray(leaf[i]), scheme, sizes)) for i in range(len(leaf))]
+    return jax.tree.map(lambda *rows: np.stack(rows), *layers)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a rule does: how many weights it gets, and their bytes before and after."""
+
+    pattern: str
+    scheme: str
+    arrays: int
+    before: int
+    after: int
+
+
+def describe(params: Tree, rules: Rules) -> list[Line]:
+    """A line a rule, and a last one, pattern "", for what no rule matches. params: weights or shapes. Errors as `choose`'s."""
+    chosen, leaves = choose(params, rules), weights.flatten(params)
+    whole = jax.eval_shape(partial(quantize, rules=rules), jax.tree.map(_shape, params))
+    made = weights.flatten(whole)
+    lines = []
+    for pattern, scheme in (*rules, ("", "high")):
+        paths = [path for path in leaves if chosen.get(path, "") == pattern]
+        sizes = (sum(size(each[path]) for path in paths) for each in (leaves, made))
+        lines.append(Line(pattern, scheme, len(paths), *sizes))
+    return lines
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+
+
+def size(params: Tree) -> int:
+    """Bytes of all arrays, or of shapes; an int4 takes half a byte."""
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(params))
+
+
+def _bytes(leaf: Any) -> int:
+    count = int(np.prod(leaf.shape, dtype=np.int64))
+    return (count + 1) // 2 if str(leaf.dtype) == "int4" else count * np.dtype(leaf.dtype).itemsize
+
+
+def table(lines: Iterable[Line]) -> str:
+    """`describe`'s lines as text, in MB, with their sum."""
+    lines = list(lines)
+    lines.append(Line("all", "", *(sum(getattr(line, key) for line in lines) for key in ("arrays", "before", "after"))))
+    width = max(len(line.pattern or "no rule") for line in lines)
+    rows = [f"{'rule':{width}}  scheme  arrays  before MB  after MB  saved MB"]
+    for line in lines:
+        mb = [f"{n / 1e6:.2f}" for n in (line.before, line.after, line.before - line.after)]
+        rows.append(
+            f"{line.pattern or 'no rule':{width}}  {line.scheme:6}  {line.arrays:6}  {mb[0]:>9}  {mb[1]:>8}  {mb[2]:>8}"
+        )
+    return "\n".join(rows)

@@ -1,0 +1,103 @@
+"""int8 and int4 copies of checkpoints, and how far they are from the original.
+
+    python tools/quantize.py runs/a small/ --recipe w8a8      # a run, a diffusers folder, DiT's .pt, … -> a folder of jdiff's
+    python tools/quantize.py runs/a --recipe w4 --dry-run     # what each rule does, and the bytes it saves; nothing is written
+    python tools/quantize.py report runs/a --recipe w8a8 --recipe w4
+
+The copy is sampled, loaded and adapted like any checkpoint (tools/sample.py small/). The report is of a model of classes: the
+relative squared error of the model's output by noise level, and the PSNR of pictures from the same noise, beside those of bfloat16
+and of another seed.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jdiff import command
+
+RECIPES = ("w8a8", "w8", "w4")
+
+
+def main() -> int:
+    """Parses, does it; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = sys.argv[1:]
+    reports = arguments[:1] == ["report"]
+    parser.add_argument("src", help="a training run, or any checkpoint that tools/convert.py reads")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run")
+    parser.add_argument("--step", type=int, help="a run's checkpoint (default: the newest)")
+    if reports:
+        parser.add_argument("--recipe", choices=RECIPES, action="append", required=True, help="may be given again")
+        parser.add_argument("--num", type=int, default=40, help="pictures; labels go round through all classes")
+        parser.add_argument("--steps", type=int, default=50, help="of the sampler")
+        parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance scale; 1 is none")
+        parser.add_argument("--seed", type=int, default=0)
+    else:
+        parser.add_argument("dest", type=Path, nargs="?", help="a folder that must not exist yet")
+        parser.add_argument("--recipe", choices=RECIPES, required=True)
+        parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    return command.run("quantize.py", report if reports else quantize, parser.parse_args(arguments[reports:]))
+
+
+def quantize(options: argparse.Namespace) -> int:
+    """Writes the copy, or says what it would be."""
+    start = time.monotonic()
+    from jdiff import loading, quant, runtime
+    from jdiff.convert import export, quantized
+
+    if options.dest is None and not options.dry_run:
+        raise ValueError("DEST is missing: the folder to write, or --dry-run")
+    if options.dest is not None:
+        export.vacant(options.dest)
+    runtime.prepare(1)
+    opened = loading.open_checkpoint(loading.convert.locate(options.src), weights=options.weights, step=options.step)
+    rules = quant.find_recipe(options.recipe)
+    if options.dry_run:
+        for name in (name for name in opened.models if name in rules):
+            print(f"{name}:\n{quant.table(quant.describe(opened.models[name][1], rules[name]))}")
+        return 0
+    before = quantized.size(opened.models)
+    opened = loading.quantized(opened, options.recipe)
+    after = quantized.size(opened.models)
+    with tqdm(total=after, unit="B", unit_scale=True, desc="writing", leave=False, delay=1) as bar:
+        sums = loading.save_quantized(opened, options.dest, lambda size: bar.update(size) and None)
+    print(f"{options.dest}: {after / 1e6:.1f} MB, {before / after:.2f} times smaller, read back and compared")
+    for name, digest in sums.items():
+        print(f"  sha256 {digest}  {name}")
+    print(f"{time.monotonic() - start:.1f} s")
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Prints the table."""
+    command.check_above_zero(options, ("num", "steps"))
+    from jdiff import loading, runtime
+    from jdiff.evaluate import rounding
+    from jdiff.pipelines import ClassPipeline
+
+    runtime.prepare(runtime.cpu_devices(options.num, least=1))
+    source = {"weights": options.weights, "step": options.step}
+    pipe = loading.pipeline(options.src, precision="fp32", **source)
+    if not isinstance(pipe, ClassPipeline):
+        raise ValueError(f"{options.src} is a model of texts, and reports are of models of classes")
+    others = {
+        name: loading.pipeline(options.src, precision="fp32", quantize=name, **source)
+        for name in dict.fromkeys(options.recipe)
+    }
+    others["bf16"] = loading.pipeline(options.src, precision="bf16", **source)
+    labels = [i % pipe.model.num_classes for i in range(options.num)]
+    settings = {"seed": options.seed, "steps": options.steps, "guidance_scale": options.guidance}
+    found = rounding.compare(pipe, others, labels, **settings)
+    sampler = pipe.process.samplers[-1 if pipe.process.schedule is not None else 0]
+    print(
+        f"{options.num} pictures, {options.steps} steps of {sampler}, guidance {options.guidance:g}, seed {options.seed}"
+    )
+    print(rounding.table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
