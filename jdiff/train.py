@@ -354,7 +354,8 @@ def fit(config: configs.Config, workdir: Path) -> Path:
             run = Run(setup, workdir, state, window, book, checkpoints)
             del state
             if setup.scoring:
-                _ = setup.scoring.reference  # now, so that a picture that cannot be read ends no long run
+                with run.meter.paused():
+                    _ = setup.scoring.reference  # now, so that a picture that cannot be read ends no long run
             pending: tuple[int, Mapping[str, jax.Array], jax.Array] | None = None
             for step in range(start + 1, config.total_steps + 1):
                 batch = next(batches)

@@ -395,6 +395,7 @@ def test_the_tool_compares_pictures_one_by_one(lpips_params, commands, tmp_path)
         (folders, "has 33 where"),
         ((tmp_path / "y.npz", "--reference", tmp_path / "y", "--image-size", 16), "as shape"),
         ((tmp_path / "y.npz",), "give a --reference of them"),
+        ((tmp_path / "y.npz", "--reference", tmp_path / "x.npz", "--network", "a"), "not for psnr, ssim, lpips"),
     ):
         wrong = commands.run("tools/evaluate.py", *options, *metrics)
         assert wrong.returncode == 2 and said in wrong.stderr and len(wrong.stderr.splitlines()) == 1, wrong.stderr

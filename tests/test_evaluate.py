@@ -276,6 +276,15 @@ def test_a_run_scores_itself_and_trains_as_without(commands, classifier, tmp_pat
     for line, record in zip(lines, scored[2], strict=True):
         assert all(line[name][0] == record[name] and line[name][1] <= line[name][0] for name in ("fid", "kid"))
     assert "recall" in (tmp_path / "scored" / "report.html").read_text()
+    # adapters that change nothing yet are scored as their base
+    lora = (f"--config.init_from={tmp_path / 'plain'}", "--config.lora.rank=2", "--config.optim.lr=1e-12")
+    done = commands.run(
+        *("launch.py", "--config", "configs/quickstart.py", "--workdir", tmp_path / "lora", *keys, *scoring, *lora),
+        "--config.total_steps=1",
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "lora" / "scores.jsonl").read_text())
+    assert told["step"] == 1 and told["fid"][0] == pytest.approx(lines[1]["fid"][0], rel=1e-3)
     # the tool says the same of the checkpoint
     settings = ("--num", 20, "--steps", 2, "--guidance", 2.0, "--batch-size", 8, "--metrics", "fid,kid")
     tool = ("tools/evaluate.py", tmp_path / "scored", "--network", classifier, "--reference", "openmoji", *settings)

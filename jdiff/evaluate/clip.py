@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdiff import convert, tree
-from jdiff.evaluate.features import ROWS, Network, padded
+from jdiff import convert, sharding, tree
+from jdiff.evaluate.features import Network, by_rows
 from jdiff.models.clip_pair import CLIP
 from jdiff.tokens import Tokenizer
 
@@ -46,15 +46,13 @@ def open_clip(folder: str | Path) -> Network:
         pool_BD: Any = module.apply({"params": params}, prepared(image_BHWC, module.image_size), method="image")
         return (pool_BD,)
 
-    encode = jax.jit(lambda params, ids_BS: module.apply({"params": params}, ids_BS, method="text"))
+    def encode(params: Any, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        text_BD: Any = module.apply({"params": params}, rows["ids"], method="text")
+        return {"text": text_BD}
 
     def texts(prompts: Sequence[str]) -> np.ndarray:
-        ids_NS, placed = _whole(tokenizer, prompts), jax.device_put(params)
-        parts = [
-            np.asarray(encode(placed, padded(rows, ROWS)))[: len(rows)]
-            for rows in (ids_NS[i : i + ROWS] for i in range(0, len(ids_NS), ROWS))
-        ]
-        return np.concatenate(parts)
+        ids = {"ids": _whole(tokenizer, prompts)}
+        return next(by_rows(encode, params, [ids], sharding.make_mesh()))["text"]
 
     title = f"CLIP {tree.fingerprint(params)} at {module.image_size} px"
     return Network(title, params, apply, ("pool_ND",), texts)

@@ -54,8 +54,9 @@ class Network:
     def features(
         self, batches: Iterable[np.ndarray], mesh: Mesh | None = None, prompts: Sequence[str] = ()
     ) -> Features:
-        """Of all pictures, uint8 (B, H, W, 3) each. prompts: one a picture, for scores by texts."""
-        return self.joined(list(self.parts(batches, mesh)), prompts)
+        """Of all pictures, uint8 (B, H, W, 3) each. prompts: one a picture, for scores by texts, and read first."""
+        text_ND = self.texts(prompts) if self.texts and prompts else None
+        return self.joined(list(self.parts(batches, mesh)), text_ND)
 
     def parts(self, batches: Iterable[np.ndarray], mesh: Mesh | None = None) -> Iterator[dict[str, np.ndarray]]:
         """The features of each batch, by their field of `Features`."""
@@ -67,14 +68,13 @@ class Network:
         """One function for all calls, so that it compiles once."""
         return lambda params, rows: dict(zip(self.outputs, self.apply(params, rows["image"]), strict=True))
 
-    def joined(self, parts: Sequence[dict[str, np.ndarray]], prompts: Sequence[str] = ()) -> Features:
-        """All `parts` as one. ValueError when there are none, or more or fewer pictures than prompts."""
+    def joined(self, parts: Sequence[dict[str, np.ndarray]], text_ND: np.ndarray | None = None) -> Features:
+        """All `parts` as one. ValueError when there are none, or texts for more or fewer pictures."""
         count = sum(len(part["pool_ND"]) for part in parts)
         if not count:
             raise ValueError("there are no pictures to score")
-        if prompts and len(prompts) != count:
-            raise ValueError(f"there are {len(prompts)} prompts for {count} pictures")
-        text_ND = self.texts(prompts) if self.texts and prompts else None
+        if text_ND is not None and len(text_ND) != count:
+            raise ValueError(f"there are {len(text_ND)} prompts for {count} pictures")
         whole = {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
         return Features(**whole, text_ND=text_ND, network=self.title)
 
@@ -90,13 +90,15 @@ def by_rows(
     params, run = on(mesh, params), _jitted(apply, mesh)
     size = at_once * mesh.size
     for batch in batches:
-        pieces = []
-        for start in range(0, len(next(iter(batch.values()))), size):
-            rows = {name: array[start : start + size] for name, array in batch.items()}
-            count = len(next(iter(rows.values())))
-            made = run(params, spread(mesh, {name: padded(array, size) for name, array in rows.items()}))
-            pieces.append({name: gather(array)[:count] for name, array in made.items()})
-        yield {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        count = len(next(iter(batch.values())))
+        found, waiting = [], None
+        for start in range(0, count, size):
+            rows = {name: padded(array[start : start + size], size) for name, array in batch.items()}
+            made = run(params, spread(mesh, rows))
+            found += [] if waiting is None else [jax.tree.map(gather, waiting)]  # while the devices have the next
+            waiting = made
+        found.append(jax.tree.map(gather, waiting))
+        yield {name: np.concatenate([piece[name] for piece in found])[:count] for name in found[0]}
 
 
 @lru_cache(maxsize=4)

@@ -32,6 +32,7 @@ def kept_features(
     """
     if folder is None:
         return network.features(batches(0), mesh, prompts)
+    text_ND = network.texts(prompts) if network.texts and prompts else None
     facts = {**facts, "network": network.title}
     place = folder / tree.digest(facts)
     place.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ def kept_features(
         _write(place / _name(done), part)
         parts.append(part)
         done += len(part["pool_ND"])
-    return network.joined(parts, prompts)
+    return network.joined(parts, text_ND)
 
 
 def _name(first: int) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,7 +63,7 @@ class Stored:
         try:
             self._file.seek(self._start + index * size)
             image = np.frombuffer(self._file.read(size), np.uint8).reshape(self.shape)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise BrokenRecord(f"{self._path}: arr_0[{index}]", str(error)) from error
         return {"image": image[:, ::-1] if flip else image}
 
