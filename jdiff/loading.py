@@ -50,10 +50,15 @@ Loras = Sequence[str | Path | tuple[str | Path, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """How a checkpoint's kernels were rounded: the recipe's name, and models' fingerprints before that ({} when not taken)."""
+    """How a checkpoint's kernels were rounded: the recipe's name, and models' fingerprints before that ({} when not taken).
+
+    balanced: inputs of kernels were divided channel by channel (`evaluate.calibration.balance`), so that adapters that were made
+    for the original do not fit.
+    """
 
     recipe: str
     digests: dict[str, str]
+    balanced: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,15 +162,17 @@ def _open_quantized(path: Path, weights: Weights, step: int | None, dtype: Any) 
     _one_set(path, weights, step)
     found, content = quantized_files.read(path)
     missing = [key for key in FACTS if key not in content.get("facts", {})]
-    if missing or not {"recipe", "digests"} <= set(content):
-        raise convert.ConversionError(f"{path / quantized_files.NAME} lacks {missing or 'recipe and digests'}")
+    missing += [key for key in ("recipe", "digests", "balanced") if key not in content]
+    if missing:
+        raise convert.ConversionError(f"{path / quantized_files.NAME} lacks {missing}")
     facts = {key: content["facts"][key] for key in FACTS}
     if dtype is None:
         dtype = DTYPES[facts["meta"]["config"]["precision"]] if facts["meta"] else jnp.float32
     modules = {name: (module.clone(dtype=dtype), params) for name, (module, params) in found.items()}
     words = Tokenizer.from_folder(path / "tokenizer") if (path / "tokenizer").is_dir() else None
+    how = Quantized(content["recipe"], content["digests"], content["balanced"])
     facts["size"] = facts["size"] and tuple(facts["size"])
-    return Opened(modules, tokenizer=words, quantized=Quantized(content["recipe"], content["digests"]), **facts)
+    return Opened(modules, tokenizer=words, quantized=how, **facts)
 
 
 def save_quantized(opened: Opened, dest: str | Path, after: Callable[[int], None] = lambda _: None) -> dict[str, str]:
@@ -174,15 +181,18 @@ def save_quantized(opened: Opened, dest: str | Path, after: Callable[[int], None
     facts = {key: getattr(opened, key) for key in FACTS}
     if opened.meta is not None:
         facts["meta"] = {key: opened.meta[key] for key in KEPT if key in opened.meta}
-    record = {"recipe": opened.quantized.recipe, "digests": opened.quantized.digests, "facts": facts}
+    record = {**dataclasses.asdict(opened.quantized), "facts": facts}
     return quantized_files.write(dest, opened.models, record, opened.tokenizer, after)
 
 
-def quantized(opened: Opened, recipe: str, loras: Loras | None = None) -> Opened:
+def quantized(
+    opened: Opened, recipe: str, loras: Loras | None = None, peaks: Mapping[str, jax.Array] | None = None
+) -> Opened:
     """A checkpoint with the kernels of its dit or unet rounded, one after another.
 
     loras: what will be attached; the models' fingerprints, which a LoRA run is checked against, are taken only if there is a run
-    among them, or when None. ValueError for a recipe that there is not, a model that it has no rules for, or one quantized already.
+    among them, or when None. peaks: of `quant.observe`, for a static recipe. ValueError for a recipe that there is not, a model
+    that it has no rules for, or one quantized already.
     """
     rules = quant.find_recipe(recipe)
     if opened.quantized is not None:
@@ -195,7 +205,7 @@ def quantized(opened: Opened, recipe: str, loras: Loras | None = None) -> Opened
     fingerprints = loras is None or any((Path(path) / "checkpoints").is_dir() for path in paths)
     digests = {name: tree.fingerprint(params) for name, (_, params) in opened.models.items()} if fingerprints else {}
     module, params = opened.models[opened.main]
-    made = quant.quantize(params, rules[opened.main], parts_of(module), release)
+    made = quant.quantize(params, rules[opened.main], parts_of(module), peaks, release)
     return dataclasses.replace(
         opened, models={**opened.models, opened.main: (module, made)}, quantized=Quantized(recipe, digests)
     )
@@ -375,6 +385,8 @@ def attach(opened: Opened, params: Any, loras: Loras, mesh: Mesh) -> tuple[Any, 
         if (Path(path) / "checkpoints").is_dir():
             adapters, meta = load_adapters(Path(path), mesh=mesh)
             check_base(meta["lora"], base, f"the base of lora={path}", opened.quantized and opened.quantized.digests)
+        elif opened.quantized is not None and opened.quantized.balanced:
+            raise ValueError(f"lora={path}: adapters of others do not fit a balanced copy: make one without --balance")
         else:
             adapters = lora_files.fit(lora_files.read(convert.locate(path)), modules)
         params = lora.attach(params, on(mesh, adapters), float(strength))
