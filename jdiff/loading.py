@@ -50,10 +50,15 @@ Loras = Sequence[str | Path | tuple[str | Path, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """How a checkpoint's kernels were rounded: the recipe's name, and models' fingerprints before that ({} when not taken)."""
+    """How a checkpoint's kernels were rounded: the recipe's name, and models' fingerprints before that ({} when not taken).
+
+    balanced: inputs of kernels were divided channel by channel (`evaluate.calibration.balance`), so that adapters that were made
+    for the original do not fit.
+    """
 
     recipe: str
     digests: dict[str, str]
+    balanced: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +80,6 @@ class Opened:
     clip_skip: int = 0
     class_names: list[str] = dataclasses.field(default_factory=list)
     quantized: Quantized | None = None
-
-    @property
-    def digests(self) -> Mapping[str, str]:
-        """Fingerprints of the models before they were quantized, by name; none where they are not."""
-        return self.quantized.digests if self.quantized else {}
 
 
 def load(
@@ -107,7 +107,7 @@ def load(
     module, params = opened.models[opened.main]
     all_params = {name: params for name, (_, params) in opened.models.items()}
     modules = {name: module for name, (module, _) in opened.models.items()}
-    attached, _ = attach(modules, {**all_params, opened.main: on(mesh, params)}, lora, mesh, opened.digests)
+    attached, _ = attach(modules, {**all_params, opened.main: on(mesh, params)}, lora, mesh, opened.quantized)
     return module, place(mesh, attached[opened.main])
 
 
@@ -163,15 +163,17 @@ def _open_quantized(path: Path, weights: Weights, step: int | None, dtype: Any) 
     _one_set(path, weights, step)
     found, content = quantized_files.read(path)
     missing = [key for key in FACTS if key not in content.get("facts", {})]
-    if missing or not {"recipe", "digests"} <= set(content):
-        raise convert.ConversionError(f"{path / quantized_files.NAME} lacks {missing or 'recipe and digests'}")
+    missing += [key for key in ("recipe", "digests", "balanced") if key not in content]
+    if missing:
+        raise convert.ConversionError(f"{path / quantized_files.NAME} lacks {missing}")
     facts = {key: content["facts"][key] for key in FACTS}
     if dtype is None:
         dtype = DTYPES[facts["meta"]["config"]["precision"]] if facts["meta"] else jnp.float32
     modules = {name: (module.clone(dtype=dtype), params) for name, (module, params) in found.items()}
     words = Tokenizer.from_folder(path / "tokenizer") if (path / "tokenizer").is_dir() else None
+    how = Quantized(content["recipe"], content["digests"], content["balanced"])
     facts["size"] = facts["size"] and tuple(facts["size"])
-    return Opened(modules, tokenizer=words, quantized=Quantized(content["recipe"], content["digests"]), **facts)
+    return Opened(modules, tokenizer=words, quantized=how, **facts)
 
 
 def save_quantized(opened: Opened, dest: str | Path, after: Callable[[int], None] = lambda _: None) -> dict[str, str]:
@@ -180,15 +182,18 @@ def save_quantized(opened: Opened, dest: str | Path, after: Callable[[int], None
     facts = {key: getattr(opened, key) for key in FACTS}
     if opened.meta is not None:
         facts["meta"] = {key: opened.meta[key] for key in KEPT if key in opened.meta}
-    record = {"recipe": opened.quantized.recipe, "digests": opened.quantized.digests, "facts": facts}
+    record = {**dataclasses.asdict(opened.quantized), "facts": facts}
     return quantized_files.write(dest, opened.models, record, opened.tokenizer, after)
 
 
-def quantized(opened: Opened, recipe: str, loras: Loras | None = None) -> Opened:
+def quantized(
+    opened: Opened, recipe: str, loras: Loras | None = None, peaks: Mapping[str, jax.Array] | None = None
+) -> Opened:
     """A checkpoint with the kernels of its dit or unet rounded, one after another.
 
     loras: what will be attached; the models' fingerprints, which a LoRA run is checked against, are taken only if there is a run
-    among them, or when None. ValueError for a recipe that there is not, a model that it has no rules for, or one quantized already.
+    among them, or when None. peaks: of `quant.observe`, for a static recipe. ValueError for a recipe that there is not, a model
+    that it has no rules for, or one quantized already.
     """
     rules = quant.find_recipe(recipe)
     if opened.quantized is not None:
@@ -201,7 +206,7 @@ def quantized(opened: Opened, recipe: str, loras: Loras | None = None) -> Opened
     fingerprints = loras is None or any((Path(path) / "checkpoints").is_dir() for path in paths)
     digests = {name: tree.fingerprint(params) for name, (_, params) in opened.models.items()} if fingerprints else {}
     module, params = opened.models[opened.main]
-    made = quant.quantize(params, rules[opened.main], parts_of(module), release)
+    made = quant.quantize(params, rules[opened.main], parts_of(module), peaks, release)
     return dataclasses.replace(
         opened, models={**opened.models, opened.main: (module, made)}, quantized=Quantized(recipe, digests)
     )
@@ -370,12 +375,12 @@ def check_base(record: dict[str, Any], params: Any, what: str, before: Mapping[s
 
 
 def attach(
-    modules: Mapping[str, Any], params: Any, loras: Loras, mesh: Mesh, digests: Mapping[str, str] | None = None
+    modules: Mapping[str, Any], params: Any, loras: Loras, mesh: Mesh, quantized_as: Quantized | None = None
 ) -> tuple[Any, list[tuple[str, float]]]:
     """(params, by model, with the adapters of some files or LoRA runs attached, each one's name and strength).
 
-    modules: params' own, by name. digests: `Opened.digests`. ValueError when a file has adapters for a model that is not among
-    params, or a run's were trained on another base.
+    modules: params' own, by name. quantized_as: `Opened.quantized`. ValueError when a file has adapters for a model that is not
+    among params, or a run's were trained on another base, or they do not fit a balanced copy.
     """
     base, names = params, []
     modules = {name: modules[name] for name in params}
@@ -383,7 +388,9 @@ def attach(
         path, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
         if (Path(path) / "checkpoints").is_dir():
             adapters, meta = load_adapters(Path(path), mesh=mesh)
-            check_base(meta["lora"], base, f"the base of lora={path}", digests)
+            check_base(meta["lora"], base, f"the base of lora={path}", quantized_as and quantized_as.digests)
+        elif quantized_as is not None and quantized_as.balanced:
+            raise ValueError(f"lora={path}: adapters of others do not fit a balanced copy: make one without --balance")
         else:
             adapters = lora_files.fit(lora_files.read(convert.locate(path)), modules)
         params = lora.attach(params, on(mesh, adapters), float(strength))
@@ -421,7 +428,7 @@ def pipeline(
     opened = opened if quantize is None else quantized(opened, quantize, lora)
     modules = {name: module for name, (module, _) in opened.models.items()}
     if opened.main == "dit":
-        params, names = attach(modules, on(mesh, {"dit": opened.models["dit"][1]}), lora, mesh, opened.digests)
+        params, names = attach(modules, on(mesh, {"dit": opened.models["dit"][1]}), lora, mesh, opened.quantized)
         return _class_pipeline(opened, params["dit"], names, mesh, DTYPES[vae_precision])
     if opened.meta is not None and opened.main != "unet":
         task = opened.meta["config"]["task"]
@@ -438,10 +445,10 @@ def pipeline(
             )
         words = Tokenizer.from_folder(tokenizer_folder(tokenizer))
     params, names = attach(
-        modules, on(mesh, {name: opened.models[name][1] for name in modules}), lora, mesh, opened.digests
+        modules, on(mesh, {name: opened.models[name][1] for name in modules}), lora, mesh, opened.quantized
     )
     record = opened.scheduler
-    return TextPipeline(
+    pipe = TextPipeline(
         modules["unet"],
         modules["vae"].clone(dtype=DTYPES[vae_precision]),
         modules["text"],
@@ -453,6 +460,8 @@ def pipeline(
         clip_skip=opened.clip_skip,
         loras=names,
     )
+    pipe.quantized = opened.quantized
+    return pipe
 
 
 def _class_pipeline(
@@ -470,7 +479,9 @@ def _class_pipeline(
         preview = partial(_decoded, jax.jit(partial(_decode, vae)), vae_params, mesh)
     process = make_process(config.diffusion, model.learn_sigma)
     settings = {"class_names": opened.class_names, "preview": preview, "loras": loras}
-    return ClassPipeline(model, params, process, mesh=mesh, **settings)
+    pipe = ClassPipeline(model, params, process, mesh=mesh, **settings)
+    pipe.quantized = opened.quantized
+    return pipe
 
 
 def _decode(vae: Any, params: Any, z_BhwC: jax.Array) -> jax.Array:

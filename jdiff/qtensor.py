@@ -29,28 +29,32 @@ class Scheme:
     """How a kernel is rounded.
 
     bits: 8 or 4. group: so many inputs share a scale, at each tap of a convolution; None: all inputs and taps of a column do.
-    integer: activations are rounded to int8 as well, where they are used, and the product is one of integers.
+    integer: activations are rounded to int8 as well, where they are used, and the product is one of integers. static: by steps that
+    were fixed beforehand.
     """
 
     bits: int = 8
     group: int | None = None
     integer: bool = False
+    static: bool = False
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["qvalue", "scale"], meta_fields=["integer", "sizes"])
+@partial(jax.tree_util.register_dataclass, data_fields=["qvalue", "scale", "step"], meta_fields=["integer", "sizes"])
 @dataclasses.dataclass(eq=False)
 class QTensor:
     """A symmetric integer kernel: `qvalue * scale`, each row of scales being that of a part of the input axis.
 
     qvalue: int8 or int4, a kernel's own shape (..., C, D). scale: float, (..., G, D); a convolution's taps share theirs,
     (1, 1, G, D), or not, (kh, kw, G, D). Leading axes are stacked layers. integer: see `Scheme`. sizes: the parts' lengths where
-    they differ. `qvalue` comes first because Flax checks a parameter's shape against its first leaf.
+    they differ. step: (..., G), what activations are rounded to multiples of; None: it is taken from them as they come. `qvalue`
+    comes first because Flax checks a parameter's shape against its first leaf.
     """
 
     qvalue: Any
     scale: Any
     integer: bool = False
     sizes: tuple[int, ...] = ()
+    step: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,12 +83,36 @@ class Rounded:
         return self.w.dtype
 
 
-def quantize(kernel: jax.Array, scheme: Scheme, sizes: tuple[int, ...] = ()) -> QTensor:
+@partial(jax.tree_util.register_dataclass, data_fields=["w", "peak"], meta_fields=[])
+@dataclasses.dataclass(eq=False)
+class Observed:
+    """A float kernel whose inputs are looked at: whatever is differentiated, the gradient by `peak`, (..., C) of any values, is
+    each input channel's largest absolute value."""
+
+    w: Any
+    peak: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.w.dtype
+
+
+Kernel: TypeAlias = QTensor | Rounded | Observed
+
+
+def quantize(kernel: jax.Array, scheme: Scheme, sizes: tuple[int, ...] = (), peak: jax.Array | None = None) -> QTensor:
     """A kernel (..., C, D) rounded to the nearest, a scale for each column's part.
 
-    An odd number of axes means stacked layers in front. sizes: parts of the input axis that have a scale each, C in all.
-    ValueError when the parts are not those of the kernel.
+    An odd number of axes means stacked layers in front. sizes: parts of the input axis that have a scale each, C in all. peak:
+    (..., C), the inputs' largest absolute values, which a static scheme needs.
+    ValueError when the parts are not those of the kernel, or there is no peak.
     """
+    if scheme.static and peak is None:
+        raise ValueError("static steps are made of what activations were seen to be: calibrate, and give peaks")
     C, stack = kernel.shape[-2], kernel.ndim % 2
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     taps = () if scheme.group else tuple(range(stack, kernel.ndim - 2))
@@ -98,12 +126,13 @@ def quantize(kernel: jax.Array, scheme: Scheme, sizes: tuple[int, ...] = ()) -> 
     # a column of zeros has any scale
     scale = jnp.where(largest == 0, 1, largest) / (top + 0.5)
     qvalue = jnp.clip(jnp.round(kernel / _spread(scale, parts)), -top, top)
-    return QTensor(
-        qvalue.astype(jnp.int8 if scheme.bits == 8 else jnp.int4),
-        scale.astype(jnp.float32),
-        scheme.integer,
-        tuple(sizes),
-    )
+    step = None
+    if scheme.static and peak is not None:
+        pieces = jnp.split(peak.astype(jnp.float32), np.cumsum(parts[:-1]), axis=-1)
+        highest = jnp.stack([piece.max(-1) for piece in pieces], -1)
+        step = jnp.where(highest == 0, 1, highest) / 127.5
+    qvalue = qvalue.astype(jnp.int8 if scheme.bits == 8 else jnp.int4)
+    return QTensor(qvalue, scale.astype(jnp.float32), scheme.integer, tuple(sizes), step)
 
 
 def _largest(kernel: jax.Array, parts: tuple[int, ...], taps: tuple[int, ...]) -> jax.Array:
@@ -138,12 +167,12 @@ def dequantize(w: QTensor, dtype: Any = jnp.float32) -> jax.Array:
     return w.qvalue.astype(dtype) * _spread(w.scale, _parts(w)).astype(dtype)
 
 
-def dot(x: jax.Array, w: QTensor | Rounded) -> jax.Array:
+def dot(x: jax.Array, w: Kernel) -> jax.Array:
     """`x (..., C) @ w (C, D)` in x's dtype; activations are rounded by a scale a token."""
     return _product(None, x, w)
 
 
-def conv(x_BHWC: jax.Array, w: QTensor | Rounded, strides: Sequence[int], padding: Any) -> jax.Array:
+def conv(x_BHWC: jax.Array, w: Kernel, strides: Sequence[int], padding: Any) -> jax.Array:
     """See `convolution.convolve`. Activations are rounded by a scale a pixel where the kernel is 1x1, else one a picture; they
     are not where the backend convolves no integers."""
     pads = (
@@ -160,7 +189,9 @@ def take(w: QTensor, ids: jax.Array, dtype: Any) -> jax.Array:
     )
 
 
-def _product(window: Window, x: jax.Array, w: QTensor | Rounded) -> jax.Array:
+def _product(window: Window, x: jax.Array, w: Kernel) -> jax.Array:
+    if isinstance(w, Observed):
+        return _observed(window, x, w.w, w.peak)
     if isinstance(w, Rounded):
         return _straight_through(window, w.scheme, w.sizes, x, w.w)
     runs = window is None or _pointwise(window, w) or has_integers()
@@ -191,7 +222,8 @@ def _integer(window: Window, x: jax.Array, w: QTensor) -> jax.Array:
     scale, wide = scale.reshape(-1, w.shape[-1]), jnp.promote_types(x.dtype, jnp.float32)
     total, start = jnp.zeros((), wide), 0
     for row, size in enumerate(_parts(w)):
-        x_s8, step = round_activations(x[..., start : start + size], (-1,) if window is None else (1, 2, 3))
+        part, axes = x[..., start : start + size], (-1,) if window is None else (1, 2, 3)
+        x_s8, step = round_activations(part, axes, None if w.step is None else w.step[row])
         total += _accumulate(window, x_s8, qvalue[..., start : start + size, :]).astype(wide) * (step * scale[row])
         start += size
     return total.astype(x.dtype)
@@ -203,12 +235,17 @@ _integer.defvjp(
 )
 
 
-def round_activations(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """(int8, step in at least fp32) with x near int8 * step, a step for all values over `axes`. NaN and infinity come back as
-    NaN in the step."""
+def round_activations(
+    x: jax.Array, axes: tuple[int, ...], step: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(int8, step in at least fp32) with x near int8 * step, a step for all values over `axes`: NaN where they are not finite.
+
+    step: one for all, fixed beforehand; what is beyond 127 of it is clipped, and NaN and infinity are not seen.
+    """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    largest = jnp.abs(x).max(axes, keepdims=True)
-    step = jnp.where(largest == 0, 1, jnp.where(largest == jnp.inf, jnp.nan, largest)) / 127.5
+    if step is None:
+        largest = jnp.abs(x).max(axes, keepdims=True)
+        step = jnp.where(largest == 0, 1, jnp.where(largest == jnp.inf, jnp.nan, largest)) / 127.5
     return jnp.clip(jnp.round(x / step), -127, 127).astype(jnp.int8), step
 
 
@@ -220,6 +257,19 @@ def _accumulate(window: Window, x_s8: jax.Array, kernel_s8: jax.Array) -> jax.Ar
     return lax.conv_general_dilated(
         x_s8, kernel_s8, *window, dimension_numbers=layout, preferred_element_type=jnp.int32
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _observed(window: Window, x: jax.Array, kernel: jax.Array, peak: jax.Array) -> jax.Array:
+    return _float(window, x, kernel.astype(x.dtype))
+
+
+def _observe(window: Window, x: jax.Array, kernel: jax.Array, peak: jax.Array) -> tuple[jax.Array, Any]:
+    seen = jnp.abs(x).max(tuple(range(x.ndim - 1))).astype(peak.dtype)
+    return _observed(window, x, kernel, peak), (x, kernel, seen)
+
+
+_observed.defvjp(_observe, lambda window, saved, g: (jnp.zeros_like(saved[0]), jnp.zeros_like(saved[1]), saved[2]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -9,14 +9,14 @@ parameters) is stored in int8 and multiplied in floats; the products of attentio
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jdiff import qtensor, tree, weights
-from jdiff.qtensor import QTensor, Rounded, Scheme
+from jdiff.qtensor import Observed, QTensor, Rounded, Scheme
 from jdiff.weights import LoRAWeight, unwrap
 
 Tree: TypeAlias = tree.Tree
@@ -26,6 +26,7 @@ SCHEMES: dict[str, Scheme | None] = {
     "high": None,
     "w8": Scheme(),
     "w8a8": Scheme(integer=True),
+    "w8a8-static": Scheme(integer=True, static=True),
     "w4": Scheme(bits=4, group=64),
 }
 """Name -> how a kernel is rounded; None: not at all."""
@@ -47,11 +48,13 @@ def _unet(rest: str) -> Rules:
     )
 
 
-RECIPES: dict[str, dict[str, Rules]] = {name: {"dit": _dit(name), "unet": _unet(name)} for name in ("w8a8", "w8", "w4")}
+RECIPES: dict[str, dict[str, Rules]] = {
+    name: {"dit": _dit(name), "unet": _unet(name)} for name in ("w8a8", "w8a8-static", "w8", "w4")
+}
 """Name -> the rules of each model that is rounded, by what a pipeline calls it.
 
-w8a8: products of integers, activations rounded where they are used. w8: kernels in int8, products in floats. w4: kernels in int4,
-64 inputs to a scale, products in floats.
+w8a8: products of integers, activations rounded where they are used; w8a8-static: by steps that calibration has fixed. w8: kernels
+in int8, products in floats. w4: kernels in int4, 64 inputs to a scale, products in floats.
 """
 
 
@@ -100,17 +103,22 @@ def quantize(
     params: Tree,
     rules: Rules,
     parts: Mapping[str, tuple[int, ...]] | None = None,
+    peaks: Mapping[str, jax.Array] | None = None,
     done: Callable[[Any], None] = lambda _: None,
 ) -> Tree:
     """The tree with its kernels as `QTensor`s, one after another; kernels inside adapters too. Errors as `choose`'s.
 
     params: a model's, arrays of jax or numpy, or what makes one in `np.asarray`; or their shapes, under `jax.eval_shape`.
-    parts: the lengths of a kernel's input axis that have scales of their own, by path (`UNet.concatenated`). done: called with
-    each kernel that has been rounded.
+    parts: the lengths of a kernel's input axis that have scales of their own, by path (`UNet.concatenated`). peaks: what
+    `observe` has seen, which static schemes need. done: called with each kernel that has been rounded.
     """
 
-    def rounded(leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> QTensor:
-        made = _quantized(leaf, scheme, sizes)
+    def rounded(path: str, leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> QTensor:
+        if scheme.static and path not in (peaks or {}):
+            raise ValueError(
+                f"quantize: {path} takes a static step, which is made of what was seen of its inputs: calibrate (tools/quantize.py)"
+            )
+        made = _quantized(leaf, scheme, sizes, (peaks or {}).get(path) if scheme.static else None)
         done(leaf)
         return made
 
@@ -119,7 +127,35 @@ def quantize(
 
 def train(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | None = None) -> Tree:
     """The tree with its kernels as `Rounded`: int8 forward, the float kernels' gradient. Arguments and errors as `quantize`'s."""
-    return _each(params, rules, parts, Rounded)
+    return _each(params, rules, parts, lambda _, leaf, scheme, sizes: Rounded(leaf, scheme, sizes))
+
+
+def observe(apply: Callable[[Tree], jax.Array], params: Tree, paths: Iterable[str]) -> dict[str, jax.Array]:
+    """Each kernel's inputs in one call of a model: the largest absolute value of each channel, (..., C), by the kernel's path.
+
+    apply: params -> any output that is made with all of these kernels, each of them used once.
+    """
+    leaves = weights.flatten(params)
+    nothing = {path: jnp.zeros(_seen(leaves[path])) for path in paths}
+
+    def run(peaks: dict[str, jax.Array]) -> jax.Array:
+        seen = {path: Observed(leaves[path], peak) for path, peak in peaks.items()}
+        return apply(weights.map_with_path(lambda path, leaf: seen.get(path, leaf), params)).sum()
+
+    return jax.grad(run)(nothing)
+
+
+def divisors(kernel: jax.Array, peak: jax.Array, alpha: float) -> jax.Array:
+    """SmoothQuant's (arXiv:2211.10438, equation 4) for a kernel's input channels, (..., C): peak^alpha / weight^(1 - alpha),
+    with the largest absolute values of either; 1 for a channel where one is zero."""
+    weight = jnp.abs(kernel).max(-1)
+    found = peak**alpha / weight ** (1 - alpha)
+    return jnp.where((peak == 0) | (weight == 0), 1, found)
+
+
+def _seen(kernel: Any) -> tuple[int, ...]:
+    """The shape of what `observe` sees of a kernel's inputs."""
+    return (*kernel.shape[: len(kernel.shape) % 2], kernel.shape[-2])
 
 
 def _each(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | None, function: Any) -> Tree:
@@ -132,7 +168,7 @@ def _each(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | Non
         if isinstance(leaf, LoRAWeight):
             return replace(leaf, w=change(path, leaf.w))
         # a scale for each of w4's groups is for each part as well
-        return function(leaf, scheme, () if scheme.group else (parts or {}).get(path, ()))
+        return function(path, leaf, scheme, () if scheme.group else (parts or {}).get(path, ()))
 
     return weights.map_with_path(change, params)
 
@@ -140,13 +176,15 @@ def _each(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | Non
 _quantize = jax.jit(qtensor.quantize, static_argnums=(1, 2))
 
 
-def _quantized(leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> QTensor:
+def _quantized(leaf: Any, scheme: Scheme, sizes: tuple[int, ...], peak: jax.Array | None) -> QTensor:
     if isinstance(leaf, jax.Array):
-        return _quantize(leaf, scheme, sizes)
+        return _quantize(leaf, scheme, sizes, peak)
     if len(leaf.shape) % 2 == 0:
-        return _quantize(np.asarray(leaf), scheme, sizes)
+        return _quantize(np.asarray(leaf), scheme, sizes, peak)
     # of what is in a file a layer at a time: all of a large model's are gigabytes
-    layers = [jax.tree.map(np.asarray, _quantize(np.asarray(leaf[i]), scheme, sizes)) for i in range(len(leaf))]
+    each = [None] * len(leaf) if peak is None else peak
+    made = (_quantize(np.asarray(leaf[i]), scheme, sizes, each[i]) for i in range(len(leaf)))
+    layers = [jax.tree.map(np.asarray, one) for one in made]
     return jax.tree.map(lambda *rows: np.stack(rows), *layers)
 
 
@@ -164,7 +202,10 @@ class Line:
 def describe(params: Tree, rules: Rules) -> list[Line]:
     """A line a rule, and a last one, pattern "", for what no rule matches. params: weights or shapes. Errors as `choose`'s."""
     chosen, leaves = choose(params, rules), weights.flatten(params)
-    whole = jax.eval_shape(partial(quantize, rules=rules), jax.tree.map(_shape, params))
+    peaks = {path: jax.ShapeDtypeStruct(_seen(leaves[path]), jnp.float32) for path in chosen}
+    whole = jax.eval_shape(
+        lambda params, peaks: quantize(params, rules, peaks=peaks), jax.tree.map(_shape, params), peaks
+    )
     made = weights.flatten(whole)
     lines = []
     for pattern, scheme in (*rules, ("", "high")):

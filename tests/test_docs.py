@@ -42,6 +42,7 @@ SMALL = {
     "tools/lora.py extract": ("--rank", "2"),
     "tools/lora.py resize": ("--rank", "2", "--base", "BASE"),
     "tools/quantize.py report": ("--num", "2", "--steps", "2"),
+    "tools/quantize.py runs/a": ("--steps", "2"),
     "tools/cache_latents.py": ("--image-size", "32"),
 }
 

@@ -12,7 +12,7 @@ from tiny_sd import make_folder
 
 import jdiff
 from jdiff import config as configs
-from jdiff import convert, loading, lora, models, quant, train, tree, weights
+from jdiff import convert, loading, lora, models, train, tree, weights
 from jdiff.convert import quantized
 from jdiff.qtensor import QTensor
 
@@ -108,7 +108,7 @@ def test_four_bits_come_back(shape, tmp_path):
 
 def test_bytes(run, tmp_path):
     """The files hold what `size` says, and a little header."""
-    for recipe in quant.RECIPES:
+    for recipe in ("w8a8", "w8", "w4"):
         opened = loading.quantized(loading.open_checkpoint(run), recipe)
         loading.save_quantized(opened, tmp_path / recipe)
         there = sum(path.stat().st_size for path in (tmp_path / recipe).glob("*.safetensors"))
@@ -243,6 +243,31 @@ def test_the_tool(commands, run, tmp_path):
         ((run, tmp_path / "copy", "--recipe", "w8"), "copy exists"),
     ):
         failed = commands.run(TOOL, *arguments)
+        assert failed.returncode == 2 and said in failed.stderr and len(failed.stderr.splitlines()) == 1
+
+
+def test_a_calibrated_copy(commands, run, class_config, tmp_path):
+    """Static steps come back from the file; adapters of others are refused by a balanced copy, its own are not."""
+    made = commands.run(
+        TOOL, run, tmp_path / "copy", "--recipe", "w8a8-static", "--calibrate", 4, "--balance", "--steps", 2
+    )
+    assert made.returncode == 0 and "blocks/mlp/fc1/kernel: " in made.stdout, made.stderr
+    _, params = jdiff.load(tmp_path / "copy")
+    assert params["blocks"]["mlp"]["fc2"]["kernel"].step.shape == (2, 1)
+    exact, found = (jdiff.pipeline(path)(**LABELS) for path in (run, tmp_path / "copy"))
+    assert 0 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.1
+    with pytest.raises(ValueError, match="adapters of others do not fit a balanced copy"):
+        jdiff.pipeline(tmp_path / "copy", lora=["style.safetensors"])
+    config = class_config.copy_and_resolve_references()
+    config.update_from_flattened_dict({"init_from": str(run), "lora.rank": 2, "total_steps": 2})
+    train.fit(config, tmp_path / "adapters")
+    with pytest.raises(ValueError, match="holds another dit than the adapters were trained on"):
+        jdiff.pipeline(tmp_path / "copy", lora=[tmp_path / "adapters"])
+    for arguments, said in (
+        (("w8", "--balance"), "--balance needs --calibrate"),
+        (("w8a8-static",), "needs --calibrate N"),
+    ):
+        failed = commands.run(TOOL, run, tmp_path / "other", "--recipe", *arguments)
         assert failed.returncode == 2 and said in failed.stderr and len(failed.stderr.splitlines()) == 1
 
 

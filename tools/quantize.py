@@ -2,6 +2,7 @@
 
     python tools/quantize.py runs/a small/ --recipe w8a8      # a run, a diffusers folder, DiT's .pt, … -> a folder of jdiff's
     python tools/quantize.py runs/a --recipe w4 --dry-run     # what each rule does, and the bytes it saves; nothing is written
+    python tools/quantize.py runs/a small/ --recipe w8a8-static --calibrate 16 --balance
     python tools/quantize.py report runs/a --recipe w8a8 --recipe w4
 
 The copy is sampled, loaded and adapted like any checkpoint (tools/sample.py small/). The report is of a model of classes: the
@@ -10,15 +11,18 @@ and of another seed.
 """
 
 import argparse
+import copy
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from jdiff import command
 
-RECIPES = ("w8a8", "w8", "w4")
+RECIPES = ("w8a8", "w8a8-static", "w8", "w4")
 
 
 def main() -> int:
@@ -29,12 +33,19 @@ def main() -> int:
     parser.add_argument("src", help="a training run, or any checkpoint that tools/convert.py reads")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run")
     parser.add_argument("--step", type=int, help="a run's checkpoint (default: the newest)")
+    parser.add_argument("--steps", type=int, default=50, help="of the sampler, for a report and for calibration")
+    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--calibrate",
+        type=int,
+        metavar="N",
+        help="watch activations on N of the model's own pictures (w8a8-static needs it)",
+    )
+    parser.add_argument("--balance", action="store_true", help="with --calibrate: even out channels, where that helps")
     if reports:
         parser.add_argument("--recipe", choices=RECIPES, action="append", required=True, help="may be given again")
         parser.add_argument("--num", type=int, default=40, help="pictures; labels go round through all classes")
-        parser.add_argument("--steps", type=int, default=50, help="of the sampler")
-        parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance scale; 1 is none")
-        parser.add_argument("--seed", type=int, default=0)
     else:
         parser.add_argument("dest", type=Path, nargs="?", help="a folder that must not exist yet")
         parser.add_argument("--recipe", choices=RECIPES, required=True)
@@ -48,11 +59,12 @@ def quantize(options: argparse.Namespace) -> int:
     from jdiff import loading, quant, runtime
     from jdiff.convert import export, quantized
 
+    check(options, [options.recipe])
     if options.dest is None and not options.dry_run:
         raise ValueError("DEST is missing: the folder to write, or --dry-run")
     if options.dest is not None:
         export.vacant(options.dest)
-    runtime.prepare(1)
+    runtime.prepare(runtime.cpu_devices(options.calibrate or 1, least=1))
     opened = loading.open_checkpoint(loading.convert.locate(options.src), weights=options.weights, step=options.step)
     rules = quant.find_recipe(options.recipe)
     if options.dry_run:
@@ -60,10 +72,10 @@ def quantize(options: argparse.Namespace) -> int:
             print(f"{name}:\n{quant.table(quant.describe(opened.models[name][1], rules[name]))}")
         return 0
     before = quantized.size(opened.models)
-    opened = loading.quantized(opened, options.recipe)
-    after = quantized.size(opened.models)
+    made = copy_of(opened, options, options.recipe, None if not options.calibrate else open_pipeline(options))
+    after = quantized.size(made.models)
     with tqdm(total=after, unit="B", unit_scale=True, desc="writing", leave=False, delay=1) as bar:
-        sums = loading.save_quantized(opened, options.dest, lambda size: bar.update(size) and None)
+        sums = loading.save_quantized(made, options.dest, lambda size: bar.update(size) and None)
     print(f"{options.dest}: {after / 1e6:.1f} MB, {before / after:.2f} times smaller, read back and compared")
     for name, digest in sums.items():
         print(f"  sha256 {digest}  {name}")
@@ -71,23 +83,64 @@ def quantize(options: argparse.Namespace) -> int:
     return 0
 
 
-def report(options: argparse.Namespace) -> int:
-    """Prints the table."""
-    command.check_above_zero(options, ("num", "steps"))
-    from jdiff import loading, runtime
-    from jdiff.evaluate import rounding
+def check(options: argparse.Namespace, recipes: list[str]) -> None:
+    """ValueError for options that do not go together."""
+    command.check_above_zero(options, ("steps", "calibrate"))
+    if options.balance and not options.calibrate:
+        raise ValueError("--balance needs --calibrate N: how channels differ is seen on pictures")
+    if "w8a8-static" in recipes and not options.calibrate:
+        raise ValueError("--recipe w8a8-static needs --calibrate N: its steps are fixed by what is seen on pictures")
+
+
+def open_pipeline(options: argparse.Namespace, precision: str = "fp32") -> Any:
+    """The source's pipeline; ValueError for a model of texts."""
+    from jdiff import loading
     from jdiff.pipelines import ClassPipeline
 
-    runtime.prepare(runtime.cpu_devices(options.num, least=1))
-    source = {"weights": options.weights, "step": options.step}
-    pipe = loading.pipeline(options.src, precision="fp32", **source)
+    pipe = loading.pipeline(options.src, precision=precision, weights=options.weights, step=options.step)
     if not isinstance(pipe, ClassPipeline):
-        raise ValueError(f"{options.src} is a model of texts, and reports are of models of classes")
-    others = {
-        name: loading.pipeline(options.src, precision="fp32", quantize=name, **source)
-        for name in dict.fromkeys(options.recipe)
-    }
-    others["bf16"] = loading.pipeline(options.src, precision="bf16", **source)
+        raise ValueError(f"{options.src} is a model of texts, and calibration and reports are of models of classes")
+    return pipe
+
+
+def copy_of(opened: Any, options: argparse.Namespace, recipe: str, pipe: Any) -> Any:
+    """A checkpoint quantized, after a look at its activations where that is asked for."""
+    from jdiff import loading, quant
+    from jdiff.evaluate import calibration
+
+    if not options.calibrate:
+        return loading.quantized(opened, recipe)
+    labels = [i % pipe.model.num_classes for i in range(options.calibrate)]
+    # other pictures than a report's
+    settings = {"seed": options.seed + 1, "steps": options.steps, "guidance_scale": options.guidance}
+    batches = calibration.shown(pipe, labels, **settings)
+    peaks = calibration.peaks_of(pipe, batches)
+    if not options.balance:
+        return loading.quantized(opened, recipe, peaks=peaks)
+    params, peaks, alphas = calibration.balance(pipe, quant.find_recipe(recipe)["dit"], batches, peaks)
+    for path, alpha in alphas.items():
+        print(f"{path}: {'as it was' if alpha is None else f'balanced, alpha {alpha:g}'}")
+    module, _ = opened.models["dit"]
+    made = loading.quantized(replace(opened, models={**opened.models, "dit": (module, params)}), recipe, (), peaks)
+    return replace(made, quantized=replace(made.quantized, balanced=True))
+
+
+def report(options: argparse.Namespace) -> int:
+    """Prints the table."""
+    check(options, options.recipe)
+    command.check_above_zero(options, ("num",))
+    from jdiff import loading, runtime
+    from jdiff.evaluate import rounding
+    from jdiff.pipelines.rows import place
+
+    runtime.prepare(runtime.cpu_devices(options.num, least=1))
+    pipe = open_pipeline(options)
+    opened = loading.open_checkpoint(loading.convert.locate(options.src), weights=options.weights, step=options.step)
+    others = {}
+    for name in dict.fromkeys(options.recipe):
+        others[name] = copy.copy(pipe)
+        others[name].params = place(pipe.mesh, copy_of(opened, options, name, pipe).models["dit"][1])
+    others["bf16"] = open_pipeline(options, "bf16")
     labels = [i % pipe.model.num_classes for i in range(options.num)]
     settings = {"seed": options.seed, "steps": options.steps, "guidance_scale": options.guidance}
     found = rounding.compare(pipe, others, labels, **settings)

@@ -182,7 +182,7 @@ class Studio:
 
     def _adapted(self, modules: dict[str, Any], params: Any, loras: list[tuple[Path, float]]) -> tuple[Any, dict]:
         """(parameters by model, the facts of their adapters)."""
-        params, names = attach(modules, params, loras, self.pipe.mesh)
+        params, names = attach(modules, params, loras, self.pipe.mesh, self.pipe.quantized)
         there = dict([*self.pipe.loras, *names])
         return params, {"lora": there} if there else {}
 

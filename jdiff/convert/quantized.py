@@ -1,10 +1,11 @@
 """jdiff's own format of quantized checkpoints: a folder of quantized.json, which says everything, a safetensors file a model, and
 a text model's tokenizer/.
 
-quantized.json: `format`, `jdiff_version`, `recipe`, `models` (name -> record of `models.describe`), `kernels` (model -> path ->
-{"bits", "integer", "sizes"}: see `QTensor`), `digests` (model -> fingerprint of what it was before), `sha256` (file -> sum), and
-`facts`: what a pipeline takes besides, the caller's. A kernel at PATH is two arrays, PATH/qvalue and PATH/scale; what is not
-quantized is one, at PATH. Integers of 4 bits are two to a byte, neighbours of the input axis, the first in the low half.
+quantized.json: `format`, `jdiff_version`, `recipe`, `balanced`, `models` (name -> `models.describe`), `kernels` (model -> path ->
+{"bits", "integer", "sizes"}: see `QTensor`), `digests` (model -> fingerprint of what it was before), `sha256` (file -> sum),
+and `facts`: what a pipeline takes besides, the caller's. A kernel at PATH is two arrays, PATH/qvalue and PATH/scale, and a third,
+PATH/step, where the activations' is static; what is not quantized is one, at PATH. Integers of 4 bits are two to a byte, neighbours
+of the input axis, the first in the low half.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ def write(
 ) -> dict[str, str]:
     """Writes models, (module, params) by name, to a folder that must not exist; it appears when it is whole, read back.
 
-    record: `recipe`, `digests` and `facts`. after: called with the bytes of each array written. Returns sha256 by file.
+    record: `recipe`, `balanced`, `digests` and `facts`. after: called with the bytes of each array written. Returns sha256 by file.
     ConversionError when dest exists, or params hold adapters.
     """
     dest = Path(dest)
@@ -68,6 +69,8 @@ def _flat(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             kernels[path] = {"bits": bits, "integer": leaf.integer, "sizes": list(leaf.sizes)}
             arrays[f"{path}/qvalue"] = _packed(np.asarray(leaf.qvalue)) if bits == 4 else np.asarray(leaf.qvalue)
             arrays[f"{path}/scale"] = np.asarray(leaf.scale)
+            if leaf.step is not None:
+                arrays[f"{path}/step"] = np.asarray(leaf.step)
         elif weights.is_weight(leaf):
             raise refuse(f"{path} has adapters attached: merge them first (tools/lora.py merge)")
         else:
@@ -130,8 +133,8 @@ def _tree(file: Path, module: Any, arrays: dict[str, np.ndarray], kernels: Mappi
     leaves: dict[str, Any] = dict(arrays)
     for path, how in kernels.items():
         qvalue, scale = (leaves.pop(f"{path}/{part}") for part in ("qvalue", "scale"))
-        sizes = tuple(how["sizes"])
-        leaves[path] = QTensor(Unpacked(qvalue) if how["bits"] == 4 else qvalue, scale, how["integer"], sizes)
+        settings = how["integer"], tuple(how["sizes"]), leaves.pop(f"{path}/step", None)
+        leaves[path] = QTensor(Unpacked(qvalue) if how["bits"] == 4 else qvalue, scale, *settings)
     expected = tree.flatten(engine.shapes(module))
     wrong = [path for path in {**expected, **leaves} if not _fits(expected.get(path), leaves.get(path))]
     if wrong:

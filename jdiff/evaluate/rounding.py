@@ -5,17 +5,16 @@ Pictures of the original's own, noised again, are what both are asked about, so 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdiff.evaluate.calibration import BINS, noised, predict
 from jdiff.evaluate.reconstruction import psnr
 from jdiff.pipelines import ClassPipeline, gather
-from jdiff.pipelines.rows import spread
-
-BINS = 10
 
 
 @dataclass(frozen=True)
@@ -56,26 +55,12 @@ def compare(
 def _outputs(
     pipe: ClassPipeline, x_0_BHWC: np.ndarray, labels: Sequence[int], seed: int, draws: int
 ) -> list[np.ndarray]:
-    """The model's prediction of x_0's channels in each bin, float64 (draws, B, H, W, C)."""
-    rng, channels, rows = np.random.default_rng(seed), x_0_BHWC.shape[-1], len(labels)
-
-    @jax.jit
-    def predict(params: Any, x_0: jax.Array, level: jax.Array, noise: jax.Array, label: jax.Array) -> jax.Array:
-        x_t, t = pipe.process.noised(x_0, level, noise)
-        return pipe.model.apply({"params": params}, x_t, t, label)[..., :channels].astype(jnp.float32)
-
-    found = []
-    for b in range(BINS):
-        made = []
-        for _ in range(draws):
-            level = ((b + rng.uniform(size=rows)) / BINS).astype(np.float32)
-            noise = rng.normal(size=x_0_BHWC.shape).astype(np.float32)
-            batch = {"x": x_0_BHWC, "level": level, "noise": noise, "label": np.asarray(labels, np.int32)}
-            batch = spread(pipe.mesh, batch)
-            output = predict(pipe.params, batch["x"], batch["level"], batch["noise"], batch["label"])
-            made.append(gather(output)[:rows].astype(np.float64))
-        found.append(np.stack(made))
-    return found
+    """The model's output in each bin, float64 (draws * B, H, W, C)."""
+    run = jax.jit(partial(predict, pipe.model))
+    found: list[list[np.ndarray]] = [[] for _ in range(BINS)]
+    for b, batch in noised(pipe, x_0_BHWC, labels, seed, draws):
+        found[b].append(gather(run(pipe.params, batch))[: len(labels)].astype(np.float64))
+    return [np.concatenate(made) for made in found]
 
 
 def _psnr(made_BHWC: np.ndarray, exact_BHWC: np.ndarray) -> float:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdiff import tree
 from jdiff.layers import (
     Conv,
     Dense,
@@ -175,6 +176,28 @@ class DiT(nn.Module):
     def macs(self) -> int:
         """Multiply-accumulates of one sample's forward pass: products and convolutions; the paper's "Gflops"."""
         return macs(self, *jax.eval_shape(self.dummy_inputs))
+
+    dividable = ("blocks/attn/qkv/kernel", "blocks/attn/proj/kernel", "blocks/mlp/fc1/kernel")
+
+    def divide_inputs(self, params: Any, path: str, s_ZD: jax.Array) -> Any:
+        """Parameters of the same function, in which one of the `dividable` kernels has its inputs divided by s and its rows
+        multiplied by it: adaLN's shifts and gains (1 + scale), or the values that attention averages, take the division."""
+        i, source = {
+            "blocks/attn/qkv/kernel": (0, "adaLN_modulation"),
+            "blocks/mlp/fc1/kernel": (3, "adaLN_modulation"),
+            "blocks/attn/proj/kernel": (2, "blocks/attn/qkv"),
+        }[path]
+        flat, gains = tree.flatten(params), source == "adaLN_modulation"
+        first, last = i * self.width, (i + 1 + gains) * self.width
+        divisor = jnp.concatenate([s_ZD, s_ZD], -1) if gains else s_ZD
+        kernel, bias = flat[f"{source}/kernel"], flat[f"{source}/bias"]
+        part = bias[:, first:last] / divisor
+        if gains:
+            part = part.at[:, self.width :].add(1 / s_ZD - 1)
+        flat[f"{source}/kernel"] = kernel.at[..., first:last].divide(divisor[:, None])
+        flat[f"{source}/bias"] = bias.at[:, first:last].set(part)
+        flat[path] = flat[path] * s_ZD[..., None]
+        return tree.nested(flat)
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array:

@@ -10,11 +10,15 @@ from jdiff.pipelines.rows import place
 
 
 class WithLoras:
-    """A pipeline whose `params` have had `loras` attached, in that order: [(name, strength), …]."""
+    """A pipeline whose `params` have had `loras` attached, in that order: [(name, strength), …].
+
+    quantized: `loading.Opened.quantized`, which says what adapters fit.
+    """
 
     params: Any
     mesh: Mesh
     loras: list[tuple[str, float]]
+    quantized: Any = None
 
     def set_lora_scale(self, scale: float, name: str | None = None) -> None:
         """How much of an adapter there is: 1 is all that was trained, 0 nothing. name: which of `loras`; all when None.
