@@ -16,6 +16,7 @@ from jdiff import sharding
 from jdiff.app.stream import stream
 from jdiff.app.studio import Limits, Made, Studio
 from jdiff.app.uploads import check_loras, fitted, keep_outside, open_picture
+from jdiff.loading import Quantized
 
 QUICK = {"width": 16, "height": 16, "steps": 3, "scheduler": "ddim"}
 
@@ -147,6 +148,13 @@ def test_a_seed_repeats_a_picture_and_a_lora_changes_it(studio, tmp_path):
     assert (np.asarray(adapted.pictures[0]) != again[0]).any()
     off = arrays(studio.from_prompt("a red fox", seed=3, loras=loras, scales="0", **QUICK))
     np.testing.assert_array_equal(off, again[:1])
+
+
+def test_a_balanced_copy_takes_no_loras_of_the_original(studio, tmp_path, monkeypatch):
+    monkeypatch.setattr(studio.pipe, "quantized", Quantized("w8a8", {}, balanced=True))
+    loras = [make_lora(tmp_path / "style.safetensors")]
+    with pytest.raises(ValueError, match="do not fit a balanced copy"):
+        made(studio.from_prompt("a red fox", loras=loras, **QUICK))
 
 
 def test_a_picture_to_begin_with_and_a_mask(studio):

@@ -1,9 +1,10 @@
 """A call that tells how far it is, as a generator."""
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from typing import TypeVar
 
 Told = TypeVar("Told")
 Result = TypeVar("Result")
@@ -19,32 +20,34 @@ def stream(call: Callable[[Callable[[Told], None]], Result]) -> Generator[Told, 
     Closing the generator makes the next `tell` raise, and waits until the call has ended of it. What is told while the
     generator's user is busy is passed over, but for the last.
     """
-    news: queue.Queue[tuple[str, Any]] = queue.Queue()
-    stopped = threading.Event()
+    news: deque[Told] = deque(maxlen=1)
+    changed, stopped = threading.Event(), threading.Event()
+    result: Future[Result] = Future()
 
     def tell(what: Told) -> None:
         if stopped.is_set():
             raise _Stopped
-        news.put(("told", what))
+        news.append(what)
+        changed.set()
 
     def work() -> None:
         try:
-            news.put(("returned", call(tell)))
+            result.set_result(call(tell))
         except BaseException as error:  # handed to who waits for it
-            news.put(("raised", error))
+            result.set_exception(error)
+        changed.set()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         while True:
-            kind, what = news.get()
-            while kind == "told" and not news.empty():
-                kind, what = news.get()
-            if kind == "returned":
-                return what
-            if kind == "raised":
-                raise what
-            yield what
+            if news:
+                yield news.pop()
+            elif result.done():
+                return result.result()
+            else:
+                changed.wait()
+                changed.clear()
     finally:
         stopped.set()
         thread.join()
