@@ -219,6 +219,7 @@ def test_classes():
     found = made(studio.from_labels([2, 0], count=2, steps=3))
     assert [fact["labels"] for fact in found.facts] == [2, 2, 0, 0]
     assert len(found.pictures) == 4 and found.pictures[0].size == (8, 8)
+    assert found.facts[0]["sampler"] == "ddim"
     for labels, said in (([], "there is no class"), ([0] * 33, "33 classes are above")):
         with pytest.raises(ValueError, match=said):
             studio.from_labels(labels)

@@ -6,7 +6,7 @@ import inspect
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,10 +245,13 @@ def finished(made: Made) -> Iterator[Any]:
         paths = [Path(folder) / f"{i}.png" for i in range(len(made.pictures))]
         for picture, path, fact in zip(made.pictures, paths, made.facts, strict=True):
             save_png(picture, path, fact)
-        captions = [
-            f"seed {fact['seed']}, {fact['index']}: {fact.get('prompt', fact.get('labels'))}" for fact in made.facts
-        ]
+        captions = [f"seed {fact['seed']}, {fact['index']}: {subject(fact)}" for fact in made.facts]
         yield list(zip(map(str, paths), captions, strict=True)), "", made.facts
+
+
+def subject(fact: Mapping[str, Any]) -> str:
+    """What a picture was to show."""
+    return str(next(fact[key] for key in ("prompt", "class", "labels") if key in fact))
 
 
 def bar(done: int, total: int, seconds: float) -> str:

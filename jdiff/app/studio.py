@@ -145,14 +145,18 @@ class Studio:
         if len(labels) > 8 * self.limits.pictures:
             raise ValueError(f"{len(labels)} classes are above this app's limit of {8 * self.limits.pictures}")
         rows = [label for label in labels for _ in range(count)]
-        settings = {"steps": steps, "guidance_scale": guidance, "sampler": sampler, "seed": seed}
+        settings = {"steps": steps, "guidance_scale": guidance, "sampler": sampler or pipe.sampler, "seed": seed}
         chosen = self._loras(loras, scales)
 
         def work(tell: Callable[[Progress], None]) -> Made:
             params, names = self._adapted({"dit": pipe.model}, {"dit": pipe.params}, chosen)
             samples = pipe(rows, params=params["dit"], callback=reporter(tell, preview_every), **settings)
             pictures = [Image.fromarray(picture) for picture in pipe.pictures(samples)]
-            facts = [{"labels": label, "index": i, **settings, **names} for i, label in enumerate(rows)]
+            facts: list[dict[str, Any]] = [
+                {"labels": label, "index": i, **settings, **names} for i, label in enumerate(rows)
+            ]
+            if pipe.class_names:
+                facts = [{"class": pipe.class_names[fact["labels"]], **fact} for fact in facts]
             return Made(pictures, facts)
 
         return self._job(work)
