@@ -161,7 +161,7 @@ def test_the_unets_concatenations():
     [
         (((r"block/.*", "w8"),), r"rule 'block/.\*' gets no array: it matches none of"),
         (((r".*", "high"), (r"blocks/.*", "w8")), r"rule 'blocks/.\*' gets no array: rules before it take all"),
-        (((r"blocks/.*", "w9"),), r"has the scheme 'w9'; use one of \['high', 'w8', 'w8a8', 'w4'\]"),
+        (((r"blocks/.*", "w9"),), r"has the scheme 'w9'; use one of \['high', 'w8', 'w8a8', 'w8a8-static', 'w4'\]"),
         (((r"blocks/attn/qkv/bias", "w8"), (r"x_embedder/bias", "w8")), r"x_embedder/bias has the shape \(64,\)"),
         (((r"x_embedder/kernel", "w4"),), r"x_embedder/kernel has 4 inputs, no multiple of the 64"),
     ],
