@@ -12,6 +12,7 @@ pip install 'jax-jdiff[app]'.
 import argparse
 import logging
 import os
+import signal
 import sys
 import threading
 
@@ -69,10 +70,12 @@ def serve(options: argparse.Namespace) -> int:
         quiet=True,
     )
     print(f"listening on http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        page.close(verbose=False)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too where a shell started this with it ignored
+        signal.signal(number, lambda *_: ended.set())
+    ended.wait()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
+    page.close(verbose=False)
     return 0
 
 
