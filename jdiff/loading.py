@@ -16,7 +16,7 @@ from jdiff import config as configs
 from jdiff.convert import lora as lora_files
 from jdiff.convert import quantized as quantized_files
 from jdiff.convert.arrays import release
-from jdiff.convert.files import read_json
+from jdiff.convert.files import QUANTIZED, read_json
 from jdiff.diffusion import schedulers
 from jdiff.diffusion.process import make_process
 from jdiff.pipelines import ClassPipeline, TextPipeline, gather, to_uint8
@@ -81,6 +81,11 @@ class Opened:
     class_names: list[str] = dataclasses.field(default_factory=list)
     quantized: Quantized | None = None
 
+    @property
+    def modules(self) -> dict[str, Any]:
+        """The models without their params."""
+        return {name: module for name, (module, _) in self.models.items()}
+
 
 def load(
     path: str | Path,
@@ -106,8 +111,7 @@ def load(
     opened = opened if quantize is None else quantized(opened, quantize, lora)
     module, params = opened.models[opened.main]
     all_params = {name: params for name, (_, params) in opened.models.items()}
-    modules = {name: module for name, (module, _) in opened.models.items()}
-    attached, _ = attach(modules, {**all_params, opened.main: on(mesh, params)}, lora, mesh, opened.quantized)
+    attached, _ = attach(opened.modules, {**all_params, opened.main: on(mesh, params)}, lora, mesh, opened.quantized)
     return module, place(mesh, attached[opened.main])
 
 
@@ -127,7 +131,7 @@ def open_checkpoint(
 ) -> Opened:
     """See `Opened`. dtype: of the models' computation: a run's own, or float32, when None. Errors as `load`'s."""
     path = convert.locate(path, weights)
-    if (path / quantized_files.NAME).is_file():
+    if (path / QUANTIZED).is_file():
         return _open_quantized(path, weights, step, dtype)
     if path.is_file() or any((path / name).exists() for name in ("config.json", "model_index.json")):
         return _open_foreign(path, weights, step, dtype or jnp.float32)
@@ -165,7 +169,7 @@ def _open_quantized(path: Path, weights: Weights, step: int | None, dtype: Any) 
     missing = [key for key in FACTS if key not in content.get("facts", {})]
     missing += [key for key in ("recipe", "digests", "balanced") if key not in content]
     if missing:
-        raise convert.ConversionError(f"{path / quantized_files.NAME} lacks {missing}")
+        raise convert.ConversionError(f"{path / QUANTIZED} lacks {missing}")
     facts = {key: content["facts"][key] for key in FACTS}
     if dtype is None:
         dtype = DTYPES[facts["meta"]["config"]["precision"]] if facts["meta"] else jnp.float32
@@ -367,7 +371,7 @@ def check_base(record: dict[str, Any], params: Any, what: str, before: Mapping[s
     """ValueError when params (by model) are not those that the adapters of a LoRA run's record were trained on. before: their
     fingerprints before they were quantized, by model, which will do."""
     for name, digest in record["base"].items():
-        if digest not in ((before or {}).get(name), tree.fingerprint(params[name])):
+        if digest != (before or {}).get(name) and digest != tree.fingerprint(params[name]):
             raise ValueError(
                 f"{what} holds another {name} than the adapters were trained on: give that base, or train with "
                 "--config.lora.any_base=true to take this one"
@@ -426,31 +430,45 @@ def pipeline(
     dtype = None if precision is None else DTYPES[precision]
     opened = open_checkpoint(path, weights=weights, step=step, mesh=mesh, dtype=dtype)
     opened = opened if quantize is None else quantized(opened, quantize, lora)
-    modules = {name: module for name, (module, _) in opened.models.items()}
     if opened.main == "dit":
-        params, names = attach(modules, on(mesh, {"dit": opened.models["dit"][1]}), lora, mesh, opened.quantized)
-        return _class_pipeline(opened, params["dit"], names, mesh, DTYPES[vae_precision])
+        base = on(mesh, {"dit": opened.models["dit"][1]})
+        params, names = attach(opened.modules, base, lora, mesh, opened.quantized)
+        pipe = _class_pipeline(opened, params["dit"], names, mesh, DTYPES[vae_precision])
+    else:
+        words = _check_text(path, opened, tokenizer)
+        base = on(mesh, {name: params for name, (_, params) in opened.models.items()})
+        params, names = attach(opened.modules, base, lora, mesh, opened.quantized)
+        pipe = _text_pipeline(opened, words, params, names, mesh, DTYPES[vae_precision])
+    pipe.quantized = opened.quantized
+    return pipe
+
+
+def _check_text(path: str | Path, opened: Opened, tokenizer: str | Path | None) -> Tokenizer:
+    """The tokenizer of a model of texts, its own or another's; ConversionError or ValueError for what is missing."""
     if opened.meta is not None and opened.main != "unet":
         task = opened.meta["config"]["task"]
         raise ValueError(f"{path} is a run of {task}, which makes no pictures of its own: use jdiff.load")
-    if missing := {"unet", "vae", "text"} - set(modules):
+    if missing := {"unet", "vae", "text"} - set(opened.models):
         raise convert.ConversionError(
             f"{path} holds no {' and no '.join(sorted(missing))}, which making pictures takes"
         )
-    words = opened.tokenizer
-    if words is None:
-        if tokenizer is None:
-            raise ValueError(
-                f"{path} holds no tokenizer: give tokenizer=, its folder or the hub's openai/clip-vit-large-patch14"
-            )
-        words = Tokenizer.from_folder(tokenizer_folder(tokenizer))
-    params, names = attach(
-        modules, on(mesh, {name: opened.models[name][1] for name in modules}), lora, mesh, opened.quantized
-    )
-    record = opened.scheduler
-    pipe = TextPipeline(
+    if opened.tokenizer is not None:
+        return opened.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            f"{path} holds no tokenizer: give tokenizer=, its folder or the hub's openai/clip-vit-large-patch14"
+        )
+    return Tokenizer.from_folder(tokenizer_folder(tokenizer))
+
+
+def _text_pipeline(
+    opened: Opened, words: Tokenizer, params: Any, loras: list[tuple[str, float]], mesh: Mesh, vae_dtype: Any
+) -> TextPipeline:
+    """The pipeline of a UNet, its text encoder and its autoencoder."""
+    modules, record = opened.modules, opened.scheduler
+    return TextPipeline(
         modules["unet"],
-        modules["vae"].clone(dtype=DTYPES[vae_precision]),
+        modules["vae"].clone(dtype=vae_dtype),
         modules["text"],
         words,
         schedulers.make_scheduler("pndm") if record is None else schedulers.from_config(record),
@@ -458,10 +476,8 @@ def pipeline(
         mesh=mesh,
         size=opened.size or 512,
         clip_skip=opened.clip_skip,
-        loras=names,
+        loras=loras,
     )
-    pipe.quantized = opened.quantized
-    return pipe
 
 
 def _class_pipeline(
@@ -479,9 +495,7 @@ def _class_pipeline(
         preview = partial(_decoded, jax.jit(partial(_decode, vae)), vae_params, mesh)
     process = make_process(config.diffusion, model.learn_sigma)
     settings = {"class_names": opened.class_names, "preview": preview, "loras": loras}
-    pipe = ClassPipeline(model, params, process, mesh=mesh, **settings)
-    pipe.quantized = opened.quantized
-    return pipe
+    return ClassPipeline(model, params, process, mesh=mesh, **settings)
 
 
 def _decode(vae: Any, params: Any, z_BhwC: jax.Array) -> jax.Array:

@@ -19,6 +19,8 @@ from jdiff import runtime
         (8, 64, (2, 4), 8),
         (2, 64, (2, 4), 1),  # more than the machine has: the mesh's own error says so
         (8, 64, (0, 4), 1),
+        (8, 64, (-1, 4), 4),  # data takes what is left, and that is one
+        (2, 64, (-1, 4), 1),
     ],
 )
 def test_a_core_a_device_where_rows_divide(monkeypatch, cores, rows, mesh, devices):

@@ -72,7 +72,9 @@ def quantize(options: argparse.Namespace) -> int:
             print(f"{name}:\n{quant.table(quant.describe(opened.models[name][1], rules[name]))}")
         return 0
     before = quantized.size(opened.models)
-    made = copy_of(opened, options, options.recipe, None if not options.calibrate else open_pipeline(options))
+    made = copy_of(
+        opened, options, options.recipe, seen(open_pipeline(options), options) if options.calibrate else None
+    )
     after = quantized.size(made.models)
     with tqdm(total=after, unit="B", unit_scale=True, desc="writing", leave=False, delay=1) as bar:
         sums = loading.save_quantized(made, options.dest, lambda size: bar.update(size) and None)
@@ -103,18 +105,25 @@ def open_pipeline(options: argparse.Namespace, precision: str = "fp32") -> Any:
     return pipe
 
 
-def copy_of(opened: Any, options: argparse.Namespace, recipe: str, pipe: Any) -> Any:
-    """A checkpoint quantized, after a look at its activations where that is asked for."""
-    from jdiff import loading, quant
+def seen(pipe: Any, options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """(a pipeline, what its model is shown to be calibrated, the peaks of its activations)."""
     from jdiff.evaluate import calibration
 
-    if not options.calibrate:
-        return loading.quantized(opened, recipe)
     labels = [i % pipe.model.num_classes for i in range(options.calibrate)]
     # other pictures than a report's
     settings = {"seed": options.seed + 1, "steps": options.steps, "guidance_scale": options.guidance}
     batches = calibration.shown(pipe, labels, **settings)
-    peaks = calibration.peaks_of(pipe, batches)
+    return pipe, batches, calibration.peaks_of(pipe, batches)
+
+
+def copy_of(opened: Any, options: argparse.Namespace, recipe: str, look: tuple[Any, Any, Any] | None) -> Any:
+    """A checkpoint quantized, by what was `seen` where it was calibrated."""
+    from jdiff import loading, quant
+    from jdiff.evaluate import calibration
+
+    if look is None:
+        return loading.quantized(opened, recipe)
+    pipe, batches, peaks = look
     if not options.balance:
         return loading.quantized(opened, recipe, peaks=peaks)
     params, peaks, alphas = calibration.balance(pipe, quant.find_recipe(recipe)["dit"], batches, peaks)
@@ -136,17 +145,16 @@ def report(options: argparse.Namespace) -> int:
     runtime.prepare(runtime.cpu_devices(options.num, least=1))
     pipe = open_pipeline(options)
     opened = loading.open_checkpoint(loading.convert.locate(options.src), weights=options.weights, step=options.step)
-    others = {}
+    others, look = {}, seen(pipe, options) if options.calibrate else None
     for name in dict.fromkeys(options.recipe):
         others[name] = copy.copy(pipe)
-        others[name].params = place(pipe.mesh, copy_of(opened, options, name, pipe).models["dit"][1])
+        others[name].params = place(pipe.mesh, copy_of(opened, options, name, look).models["dit"][1])
     others["bf16"] = open_pipeline(options, "bf16")
     labels = [i % pipe.model.num_classes for i in range(options.num)]
     settings = {"seed": options.seed, "steps": options.steps, "guidance_scale": options.guidance}
     found = rounding.compare(pipe, others, labels, **settings)
-    sampler = pipe.process.samplers[-1 if pipe.process.schedule is not None else 0]
     print(
-        f"{options.num} pictures, {options.steps} steps of {sampler}, guidance {options.guidance:g}, seed {options.seed}"
+        f"{options.num} pictures, {options.steps} steps of {pipe.sampler}, guidance {options.guidance:g}, seed {options.seed}"
     )
     print(rounding.table(found))
     return 0

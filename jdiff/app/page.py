@@ -104,11 +104,7 @@ def _by_prompt(studio: Studio, pipe: TextPipeline, outputs: list[Any]) -> list[A
             "scheduler": None if scheduler == OWN else scheduler,
             "width": whole(width, "width"),
             "height": whole(height, "height"),
-            "seed": whole(seed, "seed"),
-            "count": whole(count, "pictures"),
-            "loras": [Path(file) for file in files or ()],
-            "scales": scales,
-            "preview_every": whole(preview, "previews"),
+            **shared(seed, count, files, scales, preview),
         }
 
     def text_to_image(prompt: str, negative: str, *settings: Any) -> Job:
@@ -166,16 +162,23 @@ def _by_label(studio: Studio, pipe: ClassPipeline, outputs: list[Any]) -> list[A
             steps=whole(steps, "steps"),
             guidance=guidance,
             sampler=None if sampler == OWN else sampler,
-            seed=whole(seed, "seed"),
-            count=whole(count, "pictures"),
-            loras=[Path(file) for file in files or ()],
-            scales=scales,
-            preview_every=whole(preview, "previews"),
+            **shared(seed, count, files, scales, preview),
         )
 
     inputs = [labels, steps, guidance, sampler, seed, count, files, scales, preview]
     made = {"outputs": outputs, "show_progress": "minimal", **DEVICE}
     return [gr.on(button.click, told(class_to_image), inputs=inputs, api_name="class_to_image", **made)]
+
+
+def shared(seed: float, count: float, files: list[str] | None, scales: str, preview: float) -> dict[str, Any]:
+    """What any job takes, from its controls."""
+    return {
+        "seed": whole(seed, "seed"),
+        "count": whole(count, "pictures"),
+        "loras": [Path(file) for file in files or ()],
+        "scales": scales,
+        "preview_every": whole(preview, "previews"),
+    }
 
 
 def _common(limits: Limits, count_label: str) -> tuple[Any, Any, Any]:

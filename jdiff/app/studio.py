@@ -152,11 +152,8 @@ class Studio:
             params, names = self._adapted({"dit": pipe.model}, {"dit": pipe.params}, chosen)
             samples = pipe(rows, params=params["dit"], callback=reporter(tell, preview_every), **settings)
             pictures = [Image.fromarray(picture) for picture in pipe.pictures(samples)]
-            facts: list[dict[str, Any]] = [
-                {"labels": label, "index": i, **settings, **names} for i, label in enumerate(rows)
-            ]
-            if pipe.class_names:
-                facts = [{"class": pipe.class_names[fact["labels"]], **fact} for fact in facts]
+            name = lambda label: {"class": pipe.class_names[label]} if pipe.class_names else {}  # noqa: E731
+            facts = [{**name(row), "labels": row, "index": i, **settings, **names} for i, row in enumerate(rows)]
             return Made(pictures, facts)
 
         return self._job(work)

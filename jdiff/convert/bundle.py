@@ -127,7 +127,7 @@ def read(
     """
     path = hub.locate(path, weights)
     if path.is_dir():
-        if (path / "quantized.json").is_file():
+        if (path / files.QUANTIZED).is_file():
             raise refuse(f"{path} is quantized, and its floats are gone: give the checkpoint that it was made from")
         if (path / "model_index.json").is_file():
             return _read_pipeline(path, weights, dtype, mixed)

@@ -69,8 +69,13 @@ def to_config(module: Any, dtype: str = "float32") -> dict[str, Any]:
 
     ConversionError for a setting that the library does not have.
     """
-    writers = {"DiT": _write_dit, "UNet": _write_unet, "AutoencoderKL": _write_vae, "CLIPText": _write_text}
-    writers |= {"CLIP": _write_clip}
+    writers = {
+        "DiT": _write_dit,
+        "UNet": _write_unet,
+        "AutoencoderKL": _write_vae,
+        "CLIPText": _write_text,
+        "CLIP": _write_clip,
+    }
     return writers[type(module).__name__](module, dtype)
 
 

@@ -135,8 +135,10 @@ def _write_single(bundle: Bundle, file: Path, suffix: str, to: str, dtype: Any, 
     kinds = tuple(bundle.parts)
     if to == "dit" and kinds[:1] != ("dit",):
         raise refuse(f"the dit format holds a DiT, and this is {' and '.join(kinds)}: use another format")
-    if to == "compvis" and (odd := {"dit": "DiT", "clip": "CLIP"}.get(kinds[0])):
-        raise refuse(f"CompVis' format has no place for a {odd}: use diffusers or safetensors")
+    if to == "compvis" and "dit" in kinds:
+        raise refuse("CompVis' format has no place for a DiT: use dit, diffusers or safetensors")
+    if to == "compvis" and "clip" in kinds:
+        raise refuse("CompVis' format has no place for a CLIP: use diffusers or safetensors")
     if to == "safetensors" and len(kinds) > 1:
         raise refuse(f"one safetensors file holds one model, and this is {', '.join(kinds)}: use compvis or diffusers")
     report = Report()

@@ -16,6 +16,8 @@ from jdiff.convert.rows import ConversionError, refuse
 
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 """How a component's weights are called, before `[.fp16].safetensors` or `.bin`; diffusers' first, then transformers'."""
+QUANTIZED = "quantized.json"
+"""The file by which a folder of jdiff's own quantized checkpoints is told: see `quantized`."""
 IGNORED = {"CLIPText": clip.IGNORED, "CLIP": clip.WHOLE_IGNORED, "Inception": inception.IGNORED}
 """Class -> arrays that components of it may hold besides, with the reason why they are no parameters."""
 

@@ -26,7 +26,6 @@ from jdiff.qtensor import QTensor
 from jdiff.tokens import Tokenizer
 from jdiff.version import __version__
 
-NAME = "quantized.json"
 FORMAT = 1
 Models = dict[str, tuple[Any, Any]]
 
@@ -56,7 +55,7 @@ def write(
             content["sha256"][file] = tensors.write(partial / file, arrays, {"format": "jdiff"}, after=after)
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer")
-        (partial / NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (partial / files.QUANTIZED).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content["sha256"]
 
 
@@ -107,7 +106,7 @@ def read(folder: Path) -> tuple[Models, dict[str, Any]]:
 
     ConversionError when a file is missing, is not what was written, or does not hold the model that its record describes.
     """
-    content = files.read_json(folder / NAME)
+    content = files.read_json(folder / files.QUANTIZED)
     if content.get("format") != FORMAT:
         raise refuse(
             f"{folder} has the format {content.get('format')}, not {FORMAT}: use jdiff {content.get('jdiff_version')}"
@@ -124,7 +123,7 @@ def read(folder: Path) -> tuple[Models, dict[str, Any]]:
             module = models.build(record)
             found[name] = module, _tree(file, module, tensors.read(file)[0], content["kernels"][name])
     except (KeyError, TypeError, AttributeError) as error:
-        raise refuse(f"{folder / NAME} lacks what it should hold: {error!r}") from error
+        raise refuse(f"{folder / files.QUANTIZED} lacks what it should hold: {error!r}") from error
     return found, content
 
 
