@@ -41,6 +41,8 @@ def nhwc(x):
 
 def exact_waves(unet, dtype):
     """diffusers forms the timestep's sinusoids in float32 whatever the model's dtype; in float64 they would hide all else."""
+    if dtype == torch.float32:
+        return unet
 
     def forward(timesteps):
         half = unet.time_proj.num_channels // 2
@@ -48,9 +50,8 @@ def exact_waves(unet, dtype):
         return torch.cat([args.cos(), args.sin()], dim=-1)
 
     probe = torch.tensor([7])
-    assert torch.allclose(
-        forward(probe).float(), get_timestep_embedding(probe, 2 * (unet.time_proj.num_channels // 2), True, 0)
-    )
+    theirs = get_timestep_embedding(probe, 2 * (unet.time_proj.num_channels // 2), True, 0)
+    assert torch.allclose(forward(probe).float(), theirs, atol=1e-6)
     unet.time_proj.forward = forward
     return unet
 
