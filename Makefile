@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow docs lint clean
+.PHONY: quickstart test runs slow docs lint clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jdiff needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -22,6 +22,9 @@ quickstart: $(VENV)/.run  ## train a small DiT on OpenMoji and make a picture (a
 
 test: $(VENV)/.dev lint  ## the fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+runs: $(VENV)/.dev  ## small models trained, resumed and sampled
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "runs and not slow"
 
 slow: $(VENV)/.dev  ## full sizes and long runs
 	$(BIN)/python -m pytest -m slow

@@ -68,6 +68,7 @@ def test_a_checkpoint_holds_adapters_alone(run):
     assert full == 0 or size < full
 
 
+@pytest.mark.runs
 def test_only_adapters_change(base, pictures):
     setup = train.Setup(make_config(base, pictures))
     state = setup.fresh_state()
@@ -82,6 +83,7 @@ def test_only_adapters_change(base, pictures):
     assert tree.count(state.opt_state) < 0.1 * 2 * tree.count(state.base)
 
 
+@pytest.mark.runs
 def test_a_resumed_run_equals_an_uninterrupted_one(run, base, pictures, tmp_path):
     shutil.copytree(run, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
@@ -89,6 +91,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, base, pictures, tmp_path
     assert state_of(run, 4)[1] == state_of(tmp_path / "again", 4)[1]
 
 
+@pytest.mark.runs
 def test_another_base_is_refused_unless_told(run, base, pictures, tmp_path):
     other = shutil.copytree(base, tmp_path / "other")
     shutil.copytree(run, tmp_path / "run")
@@ -148,6 +151,7 @@ def _split(params):
     return lora.merge(base, weighted[0]), weighted[1]
 
 
+@pytest.mark.runs
 def test_adapters_begin_as_nothing(base, pictures):
     losses = {}
     for name, changes in {
@@ -165,6 +169,7 @@ def test_adapters_begin_as_nothing(base, pictures):
     np.testing.assert_allclose(losses["pissa"], losses["none"], rtol=2e-5)
 
 
+@pytest.mark.runs
 def test_pissa_runs_come_back_as_lora(base, pictures, tmp_path):
     train.fit(make_config(base, pictures, **{"lora.method": "pissa", "optim.lr": 1e-3}), tmp_path)
     adapters, _ = load_adapters(tmp_path)
@@ -173,6 +178,7 @@ def test_pissa_runs_come_back_as_lora(base, pictures, tmp_path):
     jdiff.pipeline(tmp_path)("a red fox", **QUICK)
 
 
+@pytest.mark.runs
 def test_dropout_and_lora_plus_train(base, pictures):
     plain = train.Setup(make_config(base, pictures))
     batch = sharding.put_batch(plain.mesh, next(iter(plain.batches(0, pictures))))
@@ -191,6 +197,7 @@ def test_dropout_and_lora_plus_train(base, pictures):
     assert np.isfinite(dropped["loss"]) and dropped["loss"] != whole["loss"]
 
 
+@pytest.mark.runs
 def test_dit_trains_adapters(image_folder, tmp_path):
     config = configs.default()
     values = {
@@ -236,6 +243,7 @@ def test_a_mistake_is_one_line(base, pictures, changes, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.runs
 def test_an_autoencoder_trains_adapters(base, image_folder, tmp_path):
     config = configs.default("autoencoder")
     values = {

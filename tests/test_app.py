@@ -136,6 +136,7 @@ def test_outside_the_mask_nothing_changes_and_deep_inside_all_does():
     assert pixels[8, 16, 2] < 128 < pixels[12, 16, 2]  # no seam
 
 
+@pytest.mark.runs
 def test_a_seed_repeats_a_picture_and_a_lora_changes_it(studio, tmp_path):
     first = made(studio.from_prompt("a red fox", seed=3, count=2, **QUICK))
     assert [fact["index"] for fact in first.facts] == [0, 1] and first.facts[0]["run"] == "tiny"

@@ -401,6 +401,7 @@ def test_the_tool_compares_pictures_one_by_one(lpips_params, commands, tmp_path)
         assert wrong.returncode == 2 and said in wrong.stderr and len(wrong.stderr.splitlines()) == 1, wrong.stderr
 
 
+@pytest.mark.runs
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, commands, image_folder, tmp_path):
     run(commands, image_folder, tmp_path / "run", total_steps=3)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -411,6 +412,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, commands, image_folder
         assert found[name] == value, f"{name} differs"
 
 
+@pytest.mark.runs
 def test_the_loss_of_adapters_is_the_generators_before_its_adversary(image_folder):
     setup = tiny_setup(image_folder)
     full = setup.task.init(jax.random.key(0), {})

@@ -120,6 +120,7 @@ def test_dividing_inputs_changes_nothing(pipe, batches):
         np.testing.assert_allclose(look(divided), look(pipe.params) / s, rtol=1e-4)
 
 
+@pytest.mark.runs
 def test_channels_far_apart_are_balanced(pipe, twin, batches):
     """In floats the twin is the model. Naive rounding fails on it; balanced, it is as near as the model without outliers."""
     run = jax.jit(lambda params, batch: calibration.predict(pipe.model, params, batch))
@@ -142,6 +143,7 @@ def test_channels_far_apart_are_balanced(pipe, twin, batches):
         assert error(params, recipe, peaks) <= original
 
 
+@pytest.mark.runs
 def test_balanced_peaks_are_those_that_would_be_seen(twin, batches):
     params, peaks, _ = calibration.balance(twin, RULES["w8a8"], batches, calibration.peaks_of(twin, batches))
     balanced = ClassPipeline(twin.model, params, twin.process)

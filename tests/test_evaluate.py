@@ -156,6 +156,7 @@ def made(commands, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.runs
 def test_a_killed_scoring_goes_on(commands, classifier, made, tmp_path):
     """The features of a batch are kept when they are made; the scores are those of a scoring that nothing stopped."""
     settings = (made, "--network", classifier, "--reference", "openmoji", "--metrics", "fid,kid,is", "--resamples", 3)
@@ -250,6 +251,7 @@ def outcome(workdir, step=4):
     return (meta["checksums"], meta["window"]), [r for r in records if r not in told], told
 
 
+@pytest.mark.runs
 def test_a_run_scores_itself_and_trains_as_without(commands, classifier, tmp_path):
     keys = (*TINY, "--config.total_steps=4", "--config.checkpoint_every=2", "--config.log_every=3")
     scoring = ("--config.eval_every=2", f"--config.eval.network={classifier}", "--config.eval.num=20")

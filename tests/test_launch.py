@@ -168,6 +168,7 @@ def test_a_workdir_that_cannot_be_written(commands, image_folder, tmp_path):
     assert str(tmp_path) in refused(commands, "--config", "configs/dit_s2.py", "--workdir", tmp_path / "w", *keys)
 
 
+@pytest.mark.runs
 def test_a_run_without_workdir_gets_the_next_number(commands, image_folder, tmp_path):
     keys = ("--config.data.name=imagefolder", f"--config.data.path={image_folder}", *commands.tiny, *ONE)
     for number in ("001", "002"):
@@ -196,6 +197,7 @@ def write_bad_pictures(folder: Path) -> set[str]:
     return {"truncated.jpg", "zero.png", "text.png", "bomb.png"}
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_pictures_among_good_ones_train(commands, tmp_path, workers):
     folder = make_pictures(tmp_path / "pictures", each=6)

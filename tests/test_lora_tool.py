@@ -248,6 +248,7 @@ def test_dora_is_relative_to_the_base(run, modules, bases, tmp_path):
     assert "layers_0/self_attn/" in said and "is DoRA" in said
 
 
+@pytest.mark.runs
 def test_extract_takes_the_difference_of_two_models(run, modules, bases, style, tmp_path):
     base, params = bases["sd"]
     changed = {**params, "unet": in_numpy(params["unet"], style[1]["unet"])}

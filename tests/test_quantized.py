@@ -192,6 +192,7 @@ def test_only_what_recipes_know_is_quantized(stable, tmp_path):
         quantized.write(tmp_path / "copy", {"unet": (opened.models["unet"][0], params["unet"])}, {})
 
 
+@pytest.mark.runs
 def test_adapters_are_trained_over_it(run, class_config, tmp_path):
     """QLoRA: the integers stay, the adapters learn, and come back onto the copy, and onto what quantizes to it; not elsewhere."""
     copy = _copy(run, tmp_path / "copy")
@@ -227,6 +228,7 @@ def test_adapters_of_the_original_go_onto_its_copy(run, class_config, tmp_path):
     np.testing.assert_array_equal(jdiff.pipeline(tmp_path / "adapters", quantize="w8a8")(**LABELS), pipes[0](**LABELS))
 
 
+@pytest.mark.runs
 def test_the_tool(commands, run, tmp_path):
     dry = commands.run(TOOL, run, "--recipe", "w8a8", "--dry-run")
     assert dry.returncode == 0 and "blocks/.*/kernel" in dry.stdout and "saved MB" in dry.stdout, dry.stderr
@@ -246,6 +248,7 @@ def test_the_tool(commands, run, tmp_path):
         assert failed.returncode == 2 and said in failed.stderr and len(failed.stderr.splitlines()) == 1
 
 
+@pytest.mark.runs
 def test_a_calibrated_copy(commands, run, class_config, tmp_path):
     """Static steps come back from the file; adapters of others are refused by a balanced copy, its own are not."""
     made = commands.run(

@@ -43,6 +43,7 @@ def test_a_grid_by_numbers_and_names(commands, run, tmp_path):
     assert facts["guidance_scale"] == 4.0 and facts["run"] == str(run)
 
 
+@pytest.mark.runs
 def test_a_picture_does_not_depend_on_its_batch(commands, run, tmp_path):
     ddpm = ("--sampler", "ddpm", "--guidance", 2)
     whole, labels = sampled(commands, run, tmp_path, "--num", 7, "--batch-size", 7, *ddpm)
@@ -132,6 +133,7 @@ def test_a_picture_by_prompt(commands, folder, tmp_path):
     assert expected.items() <= facts.items() and len(facts["model"]) == 16
 
 
+@pytest.mark.runs
 def test_prompts_go_round_and_batches_do_not_matter(commands, folder, tmp_path):
     prompts = ("--prompt", "a fox", "--prompt", "the moon", "--steps", 2, "--scheduler", "euler_ancestral")
     made = {}
@@ -157,6 +159,7 @@ def test_prompts_go_round_and_batches_do_not_matter(commands, folder, tmp_path):
         assert np.abs(found["arr_0"].astype(int) - np.stack([pixels for pixels, _ in whole[:2]])).max() <= 1
 
 
+@pytest.mark.runs
 def test_from_a_picture_and_within_a_mask(commands, folder, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
     image.save(tmp_path / "image.png")

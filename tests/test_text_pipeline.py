@@ -229,6 +229,7 @@ def close(a, b):
     return np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-3
 
 
+@pytest.mark.runs
 def test_a_picture_does_not_depend_on_its_batch_or_devices(pipe, folders):
     prompts = ["a red fox", LONG, "two green apples"]
     together = pipe(prompts, seed=3, **QUICK)

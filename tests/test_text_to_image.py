@@ -275,6 +275,7 @@ def whole(pictures, base, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.runs
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, pictures, base, tmp_path):
     workdir, vae = tmp_path / "run", {"vae.path": str(base / "vae")}
     train.fit(make_config(pictures, total_steps=4, **vae), workdir)
@@ -306,6 +307,7 @@ def test_a_runs_pipeline_draws_the_grid(whole):
     assert np.array_equal(grid(np.stack(found)), expected) and len(np.unique(expected)) > 2
 
 
+@pytest.mark.runs
 def test_only_what_should_is_trained(pictures, base, tmp_path):
     original = {
         name: convert.load_component(base / part)[1]
@@ -332,6 +334,7 @@ def test_only_what_should_is_trained(pictures, base, tmp_path):
         assert kept == ({"unet", "text"} if trained else {"unet"})
 
 
+@pytest.mark.runs
 def test_buckets_train_with_one_shape_each(pictures, base, tmp_path, caplog):
     changes = {"buckets.use": True, "buckets.step": 4, "vae.path": str(base / "vae"), "total_steps": 6}
     config, shapes = make_config(pictures, **changes), set()
@@ -373,12 +376,14 @@ def cached(pictures, base, path, **changes):
     return from_base(pictures, base, **{"data.name": "latents", "data.path": str(path), **changes})
 
 
+@pytest.mark.runs
 def test_a_cache_trains(caches, pictures, base, tmp_path):
     config = cached(pictures, base, caches["text"], total_steps=2, sample_every=2)
     train.fit(config, tmp_path / "run")
     assert (tmp_path / "run" / "samples" / "step_00000002.png").exists()
 
 
+@pytest.mark.runs
 def test_cached_contexts_are_the_text_encoders(caches, pictures, base, tmp_path):
     """The same tokens and latents, encoded in the step or before, give the same loss."""
     losses = {}

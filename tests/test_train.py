@@ -248,6 +248,7 @@ print(json.dumps({"losses": losses, "specs": sorted(specs), "devices": len(jax.d
 """
 
 
+@pytest.mark.runs
 def test_losses_agree_on_any_number_of_devices(image_folder, commands, tmp_path):
     found = {}
     # wide enough that fsdp has something to split
@@ -308,6 +309,7 @@ def lines_of(workdir):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_ends_as_the_uninterrupted_one(whole, image_folder, commands, tmp_path, workers):
     """Killed at a random step, then in a save, then resumed: all of it bit-equal."""
@@ -341,6 +343,7 @@ def test_a_run_killed_at_any_time_loses_nothing(whole, image_folder, commands, t
     assert outcome(tmp_path / "run") == whole[1]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("signum", "code", "everyone", "workers"),
     [
