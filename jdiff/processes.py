@@ -9,6 +9,7 @@ before Python can say a word where the coordinator is.
 
 import argparse
 import collections
+import importlib.metadata
 import json
 import os
 import platform
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 
 from jdiff.version import __version__
 
@@ -133,8 +133,8 @@ def join(options: argparse.Namespace) -> Peers:
         coordinator_bind_address=f"[::]:{link.jax_port}",
     )
     peers = Peers(index, count, link)
-    versions = {"jax": jax.__version__, "jaxlib": jax.lib.__version__, "numpy": np.__version__, "jdiff": __version__}
-    peers.agree("software", {**versions, "python": platform.python_version()})
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "orbax-checkpoint")}
+    peers.agree("software", {**versions, "jdiff": __version__, "python": platform.python_version()})
     return peers
 
 
@@ -447,5 +447,5 @@ def _send(connection: socket.socket, lock: threading.Lock, message: Message) -> 
 def _end(line: str, code: int = LOST) -> NoReturn:
     """From any thread, past everything that would wait for a peer."""
     sys.stdout.flush()
-    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+    print(f"\n{PROGRAM}: {line}", file=sys.stderr, flush=True)  # not at the end of a progress bar
     os._exit(code)

@@ -224,7 +224,8 @@ class Setup:
 
     def tell_unsplit(self) -> None:
         """Says which large arrays each device holds whole, although mesh.fsdp is above 1."""
-        if whole := sharding.unsplit(self.mesh, self.shapes.params):
+        full = {name: getattr(self.shapes, name) for name in ("params", "frozen", "base")}
+        if whole := sharding.unsplit(self.mesh, full):
             shown = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
             log.info(
                 "mesh.fsdp=%d divides no side of %d large array(s), which every device holds whole: %s",
