@@ -4,7 +4,8 @@
 
 A run resumes from its workdir; without --workdir it gets the next numbered folder under runs/. Every key of the config can
 be overridden, as --config.optim.lr=2e-4; `--config FILE --help` lists them. The exit code is 0 when the run is complete,
-2 for a mistake in the arguments or the data, 143 (SIGTERM) or 130 (Ctrl-C) when it was stopped and saved.
+2 for a mistake in the arguments or the data, 143 (SIGTERM) or 130 (Ctrl-C) when it was stopped and saved, 75 when another
+process of the run is lost, missing or has failed: docs/scale.md.
 """
 
 import argparse
@@ -12,6 +13,10 @@ import logging
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jdiff.processes import Peers
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
@@ -38,11 +43,14 @@ def next_workdir(name: str) -> Path:
 
 def main() -> int:
     """Parses, checks, trains; returns the exit code."""
+    from jdiff import command
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
     )
     parser.add_argument("--config", metavar="FILE", help="an experiment, as configs/dit_s2.py")
     parser.add_argument("--workdir", metavar="DIR", type=Path, help="where the run is kept, and resumed from")
+    command.add_process_options(parser)
     parser.add_argument("-h", "--help", action="store_true", help="show this, and the keys of --config FILE")
     options, rest = parser.parse_known_args()
 
@@ -60,27 +68,40 @@ def main() -> int:
         for key, text in parse_overrides(rest).items():
             configs.override(config, key, text)
         configs.check(config)
+
+        from jdiff import processes
+
+        peers = processes.join(options)
     except ValueError as error:
         print(f"launch.py: {error}", file=sys.stderr)
         return 2
-    workdir = options.workdir or next_workdir(Path(options.config).stem)
+    return peers.run(lambda: train(config, options, peers))
 
+
+def train(config: Any, options: argparse.Namespace, peers: "Peers") -> int:
+    """Trains as one of several processes, or alone; returns the exit code."""
     import jax
 
-    from jdiff import interrupt, runtime, train
+    from jdiff import checkpoint, interrupt, runtime
+    from jdiff import config as configs
+    from jdiff.train import fit
 
-    runtime.prepare(runtime.cpu_devices(config.batch_size // config.accumulate, config.mesh.data, config.mesh.fsdp))
-    main_process = jax.process_index() == 0
-    logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s", force=True)
+    if peers.count > 1 and options.workdir is None:
+        raise ValueError("--workdir is missing: several processes need one folder that all of them see")
+    workdir = options.workdir or next_workdir(Path(options.config).stem)
+    rows = config.batch_size // config.accumulate
+    runtime.prepare(runtime.cpu_devices(rows, **config.mesh, processes=peers.count))
+    if peers.count > 1:
+        code = {"git revision": checkpoint.git_revision(), "devices": jax.local_device_count()}
+        peers.agree("config", {**configs.flat(config.to_dict()), **code})
+    level = logging.INFO if peers.index == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", force=True)
     try:
-        path = train.fit(config, workdir)
+        path = fit(config, workdir, peers)
     except interrupt.Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"launch.py: {error}", file=sys.stderr)
-        return 2
-    if main_process:
+    if peers.index == 0:
         print(f"sample grid: {path}")
     return 0
 

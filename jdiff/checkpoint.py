@@ -144,6 +144,10 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
             shutil.move(self.workdir / "checkpoints" / str(step), aside)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("moved aside")
         self.manager.reload()
 
 

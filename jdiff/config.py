@@ -69,7 +69,7 @@ def default(task: str = "class_to_image") -> Config:
             "clip_norm": placeholder(float),
         },
         "ema": {"decay": 0.9999, "warmup": False},
-        "mesh": {"data": -1, "fsdp": 1},
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "log": {"tensorboard": True, "wandb": "off"},  # wandb: off | online | offline
     }
     return ConfigDict(values).lock()
@@ -297,7 +297,8 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def check(config: Config, devices: int = 1) -> None:
-    """Raises a ValueError of one line for the first key whose value cannot work, `devices` being the mesh's size."""
+    """Raises a ValueError of one line for the first key whose value cannot work, `devices` being those of the mesh that a
+    batch's rows are spread over."""
     values = flat(config)
     known = flat(default(values["task"]))
     if values.keys() != known.keys():

@@ -25,6 +25,18 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch's Linear and Conv2d start from, and so the UNet and the autoencoder."""
 
 
+def boundary(x: jax.Array) -> jax.Array:
+    """x (rows, ...) as it lies between two blocks: its rows over every axis of the mesh in use but `tensor`, whole beside that.
+
+    As it is where no mesh is in use (`sharding.in_use`), or its rows do not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in mesh.axis_names if name != "tensor")
+    if mesh.empty or mesh.size == 1 or x.shape[0] % math.prod(mesh.shape[name] for name in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(axes))
+
+
 class Dense(nn.Module):
     """Affine map of the last axis: (..., in) -> (..., features)."""
 
@@ -339,7 +351,7 @@ class ResnetBlock(nn.Module):
         h = conv((3, 3), kernel_init=zeros if self.zero_out else torch_uniform, name="conv2")(h)
         if x_BHWC.shape[-1] != self.features:
             x_BHWC = conv((1, 1), kernel_init=torch_uniform, name="conv_shortcut")(x_BHWC)
-        return x_BHWC + h
+        return boundary(x_BHWC + h)
 
 
 class Downsample(nn.Module):

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import math
 import os
 
 import jax
@@ -16,18 +17,21 @@ LEAST_ROWS = 4
 """Rows of a training batch that a CPU core should have at least, to be worth a device of its own."""
 
 
-def cpu_devices(rows: int, data: int = -1, fsdp: int = 1, least: int = LEAST_ROWS) -> int:
-    """How many devices a CPU should be split into for batches of so many rows, on a mesh of data x fsdp.
+def cpu_devices(
+    rows: int, data: int = -1, fsdp: int = 1, tensor: int = 1, least: int = LEAST_ROWS, processes: int = 1
+) -> int:
+    """How many devices a CPU should be split into for batches of so many rows, on a mesh of data x fsdp x tensor.
 
     Where `data` may be what it likes (-1): the largest divisor of rows that leaves each device `least` of them and a core of
     its own. A core a device does everything side by side, where XLA spreads only its large operations over the cores: a
     convolutional training step of 8 rows is 1.9 times as quick on two cores (docs/performance.md). Each device holds what is
     trained, so `mesh.data=1` is the way out where memory is short; weights that are only read are shared (`sharding.put`),
-    so sampling takes a device for every row (least=1).
+    so sampling takes a device for every row (least=1). Of several processes each has its share of the mesh, one device where
+    `data` may be what it likes: they may stand on one machine.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if (data, fsdp) != (-1, 1):
-        asked = fsdp if data == -1 else data * fsdp
+    if (data, fsdp, tensor, processes) != (-1, 1, 1, 1):
+        asked = math.prod(size for size in (data, fsdp, tensor) if size != -1) // processes
         return asked if 1 <= asked <= cores else 1
     return max(n for n in range(1, max(1, min(cores, rows // least)) + 1) if rows % n == 0)
 
@@ -43,10 +47,15 @@ def prepare(devices: int | None = None) -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    logging.getLogger("jax").setLevel(logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet()
     if jax.default_backend() == "cpu":
         keep_heap()
+
+
+def quiet() -> None:
+    """Libraries that say only what is wrong."""
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def keep_heap() -> None:

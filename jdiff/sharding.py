@@ -1,5 +1,7 @@
-"""Meshes, and where each array lies on them. Knows trees and shapes, no model."""
+"""Meshes, and where each array lies on them. Knows trees, shapes and names, no model."""
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,72 +10,191 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jdiff import tree
 
+AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 SMALL = 2**14
-"""Leaves with fewer scalars than this are replicated: gathering them costs more than holding them."""
+"""Leaves with fewer scalars than this are not split over fsdp: gathering them costs more than holding them."""
 
 ALIGNMENT = 64
 """Bytes; XLA:CPU's for buffers that it does not copy."""
 
-RULES: tree.Rules[str] = ((r"(.*/)?pos_embed", "replicate"), (r".*", "fsdp"))
-"""Path -> "replicate", or "fsdp": the largest axis that the fsdp mesh axis divides is split over it."""
+Table = tuple[tuple[str, str], ...]
+"""Path -> how an array lies. "outputs", "inputs": a kernel's outputs or inputs are split over the tensor axis, so that of two
+products in a row the first gives each device the part that it needs for the second (arXiv:1909.08053); all but "replicate" are
+also split over fsdp, along the largest other axis that divides."""
+DIT: Table = (
+    (r"pos_embed", "replicate"),
+    (r"blocks/(attn/qkv|mlp/fc1)/.*", "outputs"),
+    (r"adaLN_modulation/.*", "outputs"),  # a third of the weights; what comes out is one row a sample, quickly gathered
+    (r"blocks/(attn/proj|mlp/fc2)/.*", "inputs"),
+)
+UNET: Table = (
+    (r".*/(to_[qkv]|ff/net_0/proj|resnets_\d+/conv1|resnets_\d+/time_emb_proj)/.*", "outputs"),
+    (r".*/(to_out_0|ff/net_2|resnets_\d+/conv2)/.*", "inputs"),
+)
+VAE: Table = (
+    (r".*/(to_[qkv]|resnets_\d+/conv1)/.*", "outputs"),
+    (r".*/(to_out_0|resnets_\d+/conv2)/.*", "inputs"),
+)
+CLIP: Table = (
+    (r".*/([qkv]_proj|fc1)/.*", "outputs"),
+    (r".*/(out_proj|fc2)/.*", "inputs"),
+)
+TABLES: Mapping[str, Table] = {"dit": DIT, "unet": UNET, "vae": VAE, "text": CLIP}
+RULES: Table = (
+    (r"(.*/)?(lora|start)/.*/scale", "replicate"),  # of ranks, not of outputs as an integer kernel's
+    *((rf"(.*/)?{name}/{path}", how) for name, table in TABLES.items() for path, how in table),
+    (r"(.*/)?pos_embed", "replicate"),
+    (r".*", "fsdp"),
+)
+"""Of a training state: a model's name may stand behind others, so that its adapters, averages and moments lie as it does."""
+SPLIT_AXIS = {
+    "outputs": {"kernel": -1, "bias": -1, "qvalue": -1, "scale": -1, "b": -1, "magnitude": -1},
+    "inputs": {"kernel": -2, "qvalue": -2, "a": -2},
+}
+"""Which axis of an array is split over tensor, by the last word of its path; what is not named here is not."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: list[Any] | None = None) -> Mesh:
-    """A (data, fsdp) mesh over all devices; one axis may be -1 and takes what is left.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices of all processes; one axis may be -1 and takes what is left.
 
-    ValueError, naming the sizes that would do, when the axes do not multiply to the number of devices.
+    ValueError, naming the nearest sizes that would do, when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    n, sizes = len(devices), [data, fsdp]
+    n, sizes = len(devices), [data, fsdp, tensor]
+    asked = f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"mesh.data={data}, mesh.fsdp={fsdp}: sizes are positive, and one of them may be -1")
-    known = int(np.prod([s for s in sizes if s > 0]))
+        raise ValueError(f"{asked}: sizes are positive, and one of them may be -1")
+    known = math.prod(s for s in sizes if s > 0)
     if n % known or (-1 not in sizes and known != n):
-        raise ValueError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} does not cover {n} device(s); "
-            f"each size must divide {n}, and one may be -1 to take what is left"
-        )
+        near = " or ".join(f"{d} x {f} x {t}" for d, f, t in nearest_meshes(n, sizes))
+        raise ValueError(f"{asked} does not cover {n} device(s); the nearest that do are {near}, and one may be -1")
     shape = [n // known if s == -1 else s for s in sizes]
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def leaf_spec(path: str, leaf: Any, fsdp: int, rules: tree.Rules[str] = RULES) -> PartitionSpec:
-    """Where one array lies, by its path's rule and its shape."""
-    if tree.match(rules, path) == "replicate" or fsdp == 1 or np.prod(leaf.shape, dtype=np.int64) < SMALL:
-        return PartitionSpec()
-    # ties go to the last axis, which is the one that products keep contiguous
-    axes = sorted(range(len(leaf.shape)), key=lambda i: (leaf.shape[i], i), reverse=True)
-    for axis in axes:
-        if leaf.shape[axis] % fsdp == 0:
-            return PartitionSpec(*(["fsdp" if i == axis else None for i in range(len(leaf.shape))]))
-    return PartitionSpec()
+def nearest_meshes(n: int, sizes: list[int], most: int = 2) -> list[tuple[int, int, int]]:
+    """The shapes of n devices that change the sizes asked for (-1: any) by the smallest factors."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    shapes = [(d, f, n // d // f) for d in divisors for f in divisors if n // d % f == 0]
+
+    def away(shape: tuple[int, int, int]) -> float:
+        return sum(abs(math.log(s / asked)) for s, asked in zip(shape, sizes, strict=True) if asked > 0)
+
+    return sorted(shapes, key=lambda shape: (round(away(shape), 6), shape[::-1]))[:most]
+
+
+def leaf_spec(path: str, leaf: Any, fsdp: int, tensor: int = 1, rules: tree.Rules[str] = RULES) -> PartitionSpec:
+    """Where one array lies, by its path's rule and its shape.
+
+    ValueError, naming the nearest tensor sizes that do, where the tensor axis does not divide it.
+    """
+    how, shape = tree.match(rules, path), leaf.shape
+    axes: list[str | None] = [None] * len(shape)
+    split = tensor_axis(path, shape, how)
+    if split is not None and tensor > 1:
+        if shape[split] % tensor:
+            raise ValueError(
+                f"mesh.tensor={tensor} does not divide {path}, {tree.describe(leaf)}, along {shape[split]}; "
+                f"the nearest that do are {' and '.join(map(str, nearest_divisors(shape[split], tensor)))}"
+            )
+        axes[split] = "tensor"
+    if how != "replicate" and fsdp > 1 and math.prod(shape) >= SMALL:
+        # ties go to the last axis, which is the one that products keep contiguous
+        for axis in sorted(range(len(shape)), key=lambda i: (shape[i], i), reverse=True):
+            if axes[axis] is None and shape[axis] % fsdp == 0:
+                axes[axis] = "fsdp"
+                break
+    return PartitionSpec(*axes) if any(axes) else PartitionSpec()
+
+
+def tensor_axis(path: str, shape: tuple[int, ...], how: str) -> int | None:
+    """The axis of an array that is split over tensor, or None."""
+    axis = SPLIT_AXIS.get(how, {}).get(path.rpartition("/")[2])
+    return None if axis is None or len(shape) < -axis else len(shape) + axis
+
+
+def nearest_divisors(n: int, size: int) -> list[int]:
+    """The divisors of n next to `size`, below and above."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    return [max(d for d in divisors if d <= size), *(d for d in divisors if d > size)][:2]
 
 
 def shardings(mesh: Mesh, state: Any, rules: tree.Rules[str] = RULES) -> Any:
-    """A NamedSharding for each leaf. Optimizer state and averages follow their parameter, since the rules see shapes."""
-    fsdp = mesh.shape["fsdp"]
-    return tree.map_with_path(lambda path, leaf: NamedSharding(mesh, leaf_spec(path, leaf, fsdp, rules)), state)
+    """A NamedSharding for each leaf. Optimizer state and averages follow their parameter, since the rules see names and shapes."""
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    return tree.map_with_path(lambda path, leaf: NamedSharding(mesh, leaf_spec(path, leaf, fsdp, tensor, rules)), state)
+
+
+def unsplit(mesh: Mesh, state: Any, rules: tree.Rules[str] = RULES) -> list[str]:
+    """The large arrays that no axis lets split over fsdp, as `path dtype[shape]`: they lie whole on every device of it."""
+    where = tree.flatten(shardings(mesh, state, rules))
+    return [
+        f"{path} {tree.describe(leaf)}"
+        for path, leaf in tree.flatten(state).items()
+        if mesh.shape["fsdp"] > 1 and math.prod(leaf.shape) >= SMALL
+        if tree.match(rules, path) != "replicate" and "fsdp" not in where[path].spec
+    ]
+
+
+def row_devices(mesh: Mesh) -> int:
+    """Over how many parts of the mesh a batch's rows are spread: the devices along tensor share theirs."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _places(mesh: Mesh) -> list[int]:
+    """Which parts of a batch's rows lie on this process's devices."""
+    devices = mesh.devices.reshape(row_devices(mesh), -1)
+    return [i for i, along in enumerate(devices) if any(d.process_index == jax.process_index() for d in along)]
+
+
+def process_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which of a global batch's rows this process brings, in order. Processes side by side along tensor bring the same."""
+    each = rows // row_devices(mesh)
+    return [place * each + i for place in _places(mesh) for i in range(each)]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over all devices."""
+    """Rows of a batch over the mesh, along all axes but tensor."""
     return NamedSharding(mesh, BATCH)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows -> global arrays, their rows over the mesh."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    """This process's rows, those of `process_rows`, -> global arrays, their rows over the mesh."""
+    sharding, places = batch_sharding(mesh), _places(mesh)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        each = len(rows) // len(places)
+
+        def of(index: Any) -> np.ndarray:
+            i = places.index((index[0].start or 0) // each)
+            return rows[i * each : (i + 1) * each]
+
+        return jax.make_array_from_callback((each * row_devices(mesh), *rows.shape[1:]), sharding, of)
+
+    return {name: put(rows) for name, rows in batch.items()}
+
+
+def in_use(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function to be traced, within which models lay what stands between their blocks on the mesh (`layers.boundary`)."""
+
+    def inside(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return inside
 
 
 def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """So many rows over all devices, where they divide; else the same on every device."""
-    return batch_sharding(mesh) if rows % mesh.size == 0 else replicated(mesh)
+    """So many rows over the mesh, where they divide; else the same on every device."""
+    return batch_sharding(mesh) if rows % row_devices(mesh) == 0 else replicated(mesh)
 
 
 def put(array: Any, where: jax.sharding.Sharding) -> jax.Array:
     """An array on devices, as a copy of the caller's. The devices of one CPU share that copy where they hold the same of it."""
+    if not where.is_fully_addressable:  # device_put would compare the processes' arrays, one collective after another
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
     if not (where.is_fully_replicated and len(where.device_set) > 1 and jax.default_backend() == "cpu"):
         return jax.device_put(array, where, may_alias=False)
     array = np.asarray(array)
@@ -83,6 +204,13 @@ def put(array: Any, where: jax.sharding.Sharding) -> jax.Array:
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return jax.device_put(copy, where)
+
+
+def put_all(arrays: Any, where: Any) -> Any:
+    """A tree of the host's arrays, the same on every process, on devices as a tree of shardings says."""
+    if all(sharding.is_fully_addressable for sharding in jax.tree.leaves(where)):
+        return jax.device_put(arrays, where)
+    return jax.tree.map(put, arrays, where)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -27,6 +27,7 @@ from jdiff.logbook import Logbook
 from jdiff.meter import Meter, Window
 from jdiff.optim import Ema
 from jdiff.pipelines import save_png
+from jdiff.processes import Peers
 from jdiff.report import write_report
 from jdiff.tasks import NOTHING, GradientFn, Task, make_task
 
@@ -154,8 +155,8 @@ class Setup:
 
     def __init__(self, config: configs.Config, workdir: Path | None = None):
         self.config = config
-        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        configs.check(config, self.mesh.size)
+        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        configs.check(config, sharding.row_devices(self.mesh))
         self.task = make_task(config, self.mesh, workdir)
         self.source = self.task.source
         self.scoring = Scoring(config, self.source, self.mesh, workdir) if config.get("eval_every") else None
@@ -176,7 +177,7 @@ class Setup:
     def fresh_state(self) -> TrainState:
         """A state initialised from the seed and what the task is given, straight onto the mesh."""
         given = self.task.given()
-        given = jax.device_put(given, sharding.shardings(self.mesh, given))
+        given = sharding.put_all(given, sharding.shardings(self.mesh, given))
         return jax.jit(self.init, out_shardings=self.placed)(jax.random.key(self.config.seed), given)
 
     def base(self) -> Any:
@@ -196,7 +197,7 @@ class Setup:
             clip_norm=self.config.optim.clip_norm,
         )
         return jax.jit(
-            step,
+            sharding.in_use(self.mesh, step),
             in_shardings=(self.placed, sharding.batch_sharding(self.mesh)),
             out_shardings=(self.placed, sharding.replicated(self.mesh)),
             donate_argnums=0,
@@ -211,8 +212,7 @@ class Setup:
             start_step=start_step,
             flip=self.config.data.flip,
             workers=self.config.data.workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.process_rows(self.mesh, self.config.batch_size),
             bad_log=workdir / "bad_images.jsonl",
             max_bad_rate=self.config.data.max_bad_rate,
             transform=self.task.transform,
@@ -221,6 +221,18 @@ class Setup:
     def facts(self, measures: Mapping[str, float]) -> dict[str, Any]:
         """What a checkpoint records of the run, beside its arrays. measures: the task's, of the parameters at hand."""
         return {"config": self.config.to_dict(), "measures": dict(measures), **self.task.facts(measures)}
+
+    def tell_unsplit(self) -> None:
+        """Says which large arrays each device holds whole, although mesh.fsdp is above 1."""
+        full = {name: getattr(self.shapes, name) for name in ("params", "frozen", "base")}
+        if whole := sharding.unsplit(self.mesh, full):
+            shown = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
+            log.info(
+                "mesh.fsdp=%d divides no side of %d large array(s), which every device holds whole: %s",
+                self.mesh.shape["fsdp"],
+                len(whole),
+                shown,
+            )
 
     def describe(self) -> str:
         """One line: model, size, precision, devices, data."""
@@ -337,17 +349,22 @@ class Run:
             write_report(self.workdir, configs.flat(self.config.to_dict()))
 
 
-def fit(config: configs.Config, workdir: Path) -> Path:
+def fit(config: configs.Config, workdir: Path, peers: Peers | None = None) -> Path:
     """Trains to config.total_steps in `workdir`, resuming from what is there; returns the last sample grid's path.
 
+    peers: of several processes, each of which calls this with the same config and a workdir that all of them see.
     Raises ValueError for a config, data set or workdir that cannot work, `Stopped` when a signal ended the run after a
     save, FloatingPointError after config.max_refused refused steps in a row.
     """
+    peers = peers or Peers()
     setup = Setup(config, workdir)
+    listing = {"data": setup.source.fingerprint, "records": len(setup.source)}
+    peers.agree("data", {**listing, "checkpoints in the workdir": checkpoint.steps(workdir)})
     with Signals() as signals, checkpoint.Checkpoints(workdir, config.keep) as checkpoints:
         state, window = resume(setup, checkpoints)
         start = int(state.step)
         log.info("%s", setup.describe())
+        setup.tell_unsplit()
         log.info("workdir %s, steps %d to %d", workdir, start, config.total_steps)
         book = Logbook(workdir, start, configs.flat(config.to_dict()), active=jax.process_index() == 0)
         with book, data.to_device(setup.batches(start, workdir), partial(sharding.put_batch, setup.mesh)) as batches:
@@ -368,7 +385,7 @@ def fit(config: configs.Config, workdir: Path) -> Path:
                     run.read(*pending, batches.wait_seconds, {})
                 pending = (step, metrics, batch["index"])
                 run.meter.steps += 1
-                last, stop = step == config.total_steps, signals.caught
+                last, stop = step == config.total_steps, peers.stop(signals.caught, step)
                 saving = last or stop is not None or step % config.checkpoint_every == 0
                 sampling = stop is None and (last or step % config.sample_every == 0)
                 scoring = stop is None and bool(setup.scoring) and (last or step % config.eval_every == 0)

@@ -8,7 +8,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     *({"train"}, {"tasks"}, {"app", "evaluate"}, {"loading"}, {"pipelines"}, {"convert"}, {"checkpoint"}),
-    *({"report"}, {"logbook", "meter", "interrupt", "runtime", "command"}, {"data"}, {"tokens"}, {"config"}),
+    *(
+        {"report"},
+        {"logbook", "meter", "interrupt", "runtime", "command", "processes"},
+        {"data"},
+        {"tokens"},
+        {"config"},
+    ),
     *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights"}),
     *({"qtensor"}, {"convolution", "tree"}, {"paths", "version"}),
 )

@@ -71,8 +71,8 @@ def test_rows_do_not_depend_on_workers_processes_or_where_a_run_resumes(folder, 
     source = open_folder(folder)
     whole = take(source, 9)
     for index in range(count):
-        part = take(source, 9 - start, start_step=start, workers=workers, process_index=index, process_count=count)
-        rows = slice(index * 8 // count, (index + 1) * 8 // count)
+        rows = range(index * 8 // count, (index + 1) * 8 // count)
+        part = take(source, 9 - start, start_step=start, workers=workers, rows=rows)
         assert equal(part, {key: value[start:, rows] for key, value in whole.items()})
 
 
@@ -152,11 +152,6 @@ def test_a_folder_of_broken_pictures_alone_ends_at_once(tmp_path, workers):
     with pytest.raises(data.DataError) as caught:
         take(open_folder(tmp_path), 1, workers=workers, bad_log=log)
     assert "\n" not in str(caught.value) and len(log.read_text().splitlines()) == 30
-
-
-def test_an_indivisible_batch_is_one_line(folder):
-    with pytest.raises(data.DataError, match=r"^batch_size=8 .* 3 processes$"):
-        take(open_folder(folder), 1, process_count=3)
 
 
 @pytest.mark.parametrize(

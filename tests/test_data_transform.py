@@ -66,8 +66,8 @@ def test_numbers_and_arrays_are_stacked_and_strings_dropped():
 def test_a_transforms_draws_depend_on_seed_and_position_alone(workers, start, count):
     whole = take(8, draw)
     for index in range(count):
-        part = take(8 - start, draw, workers=workers, start_step=start, process_index=index, process_count=count)
-        rows = slice(index * 8 // count, (index + 1) * 8 // count)
+        rows = range(index * 8 // count, (index + 1) * 8 // count)
+        part = take(8 - start, draw, workers=workers, start_step=start, rows=rows)
         for a, b in zip(part, whole[start:], strict=True):
             assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k][rows]) for k in a)
     numbers = np.concatenate([batch["number"] for batch in whole])

@@ -57,6 +57,9 @@ def commands_of(page):
 
 def small(script, arguments):
     """Arguments that make a command one of seconds; they come last, and so count."""
+    if script == "tools/launch/local.py":
+        _, inner, *more = arguments[arguments.index("--") :]
+        return small(inner, more)
     if script == "launch.py":
         name = arguments[arguments.index("--config") + 1]
         return SMALL_CONFIGS[name.removeprefix("configs/").removesuffix(".py")]

@@ -132,7 +132,10 @@ def test_a_mistake_is_one_line(commands, tmp_path, extra, said):
 def test_devices_that_do_not_divide_the_batch(commands, tmp_path):
     arguments = ("--config", "configs/dit_s2.py", "--workdir", tmp_path / "w", *commands.tiny)
     assert "8 and 16" in refused(commands, *arguments, "--config.batch_size=12", devices=8)
-    assert "does not cover 8" in refused(commands, *arguments, "--config.mesh.fsdp=3", devices=8)
+    line = refused(commands, *arguments, "--config.mesh.fsdp=3", devices=8)
+    assert "does not cover 8" in line and "4 x 2 x 1" in line
+    line = refused(commands, *arguments, "--config.mesh.tensor=8", "--config.model.width=36", devices=8)
+    assert "mesh.tensor=8 does not divide params/dit/" in line and "the nearest that do are 6 and 9" in line
 
 
 @pytest.mark.parametrize(

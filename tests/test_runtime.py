@@ -26,3 +26,18 @@ from jdiff import runtime
 def test_a_core_a_device_where_rows_divide(monkeypatch, cores, rows, mesh, devices):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     assert runtime.cpu_devices(rows, *mesh) == devices
+
+
+@pytest.mark.parametrize(
+    ("mesh", "processes", "devices"),
+    [
+        ((-1, 1, 1), 2, 1),  # they may stand on one machine
+        ((2, 2, 2), 2, 4),
+        ((-1, 2, 2), 2, 2),
+        ((1, 1, 2), 1, 2),
+        ((1, 2, 1), 4, 1),
+    ],
+)
+def test_each_process_has_its_share_of_the_mesh(monkeypatch, mesh, processes, devices):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    assert runtime.cpu_devices(64, *mesh, processes=processes) == devices

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 from tiny_sd import make_folder
 
+from jdiff.pipelines.kept import KeptPictures, write_npz
+
 SAMPLE = "tools/sample.py"
 
 
@@ -69,6 +71,23 @@ def test_num_goes_round_the_labels_into_a_folder(commands, run, tmp_path):
             image.load()
             facts = json.loads(image.info["jdiff"])
         assert image.size == (8, 8) and facts["labels"] == 1 and facts["index"] == i
+
+
+def test_kept_pictures_are_those_of_their_facts(tmp_path):
+    rng = np.random.default_rng(0)
+    whole = rng.integers(0, 256, (7, 4, 6, 3), np.uint8)
+    kept = KeptPictures(tmp_path / "parts", {"seed": 0})
+    kept.add(whole[:3])
+    kept.add(whole[3:5])
+    again, other = (KeptPictures(tmp_path / "parts", {"seed": seed}) for seed in (0, 1))
+    assert again.done == 5 and other.done == 0
+    again.add(whole[5:])
+    write_npz(tmp_path / "new" / "a.npz", again, 7, {"labels": np.arange(7)})
+    with np.load(tmp_path / "new" / "a.npz") as found:
+        np.testing.assert_array_equal(found["arr_0"], whole)
+        assert found["labels"].tolist() == list(range(7))
+    again.remove()
+    assert not (tmp_path / "parts").exists()
 
 
 def test_raw_weights_are_others(commands, run, tmp_path):

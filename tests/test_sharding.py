@@ -1,27 +1,49 @@
 """Meshes and placements on eight virtual devices."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jdiff import optim, sharding, tree
+from jdiff import models, optim, sharding, tree
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (2, 4, (2, 4)), (2, -1, (2, 4)), (-1, 8, (1, 8)), (8, 1, (8, 1))]
+    ("sizes", "shape"),
+    [
+        ((-1, 1), (8, 1, 1)),
+        ((2, 4), (2, 4, 1)),
+        ((2, -1), (2, 4, 1)),
+        ((-1, 2, 2), (2, 2, 2)),
+        ((1, 2, -1), (1, 2, 4)),
+        ((-1, 1, 8), (1, 1, 8)),
+    ],
 )
-def test_meshes_that_fit(data, fsdp, shape):
-    mesh = sharding.make_mesh(data, fsdp)
-    assert tuple(mesh.shape.items()) == (("data", shape[0]), ("fsdp", shape[1]))
+def test_meshes_that_fit(sizes, shape):
+    mesh = sharding.make_mesh(*sizes)
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape, strict=True))
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (2, 2), (16, 1), (-1, -1), (0, 8), (-2, 4)])
-def test_meshes_that_do_not_fit_are_one_line_naming_the_keys(data, fsdp):
-    with pytest.raises(ValueError, match=rf"mesh\.data={data}.*mesh\.fsdp={fsdp}") as error:
-        sharding.make_mesh(data, fsdp)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    ("sizes", "near"),
+    [
+        ((3, 1, 1), "8 x 1 x 1"),
+        ((-1, 3, 1), "4 x 2 x 1"),
+        ((2, 2, 1), "2 x 4 x 1"),
+        ((2, 2, 3), "2 x 2 x 2"),
+        ((16, 1, 1), "8 x 1 x 1"),
+        ((-1, -1, 1), "one of them may be -1"),
+        ((0, 8, 1), "positive"),
+        ((-2, 4, 1), "positive"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_one_line_with_the_nearest_that_do(sizes, near):
+    with pytest.raises(ValueError, match=r"mesh\.data={}, mesh\.fsdp={}, mesh\.tensor={}".format(*sizes)) as error:
+        sharding.make_mesh(*sizes)
+    assert "\n" not in str(error.value) and near in str(error.value)
 
 
 def _leaf(*shape):
@@ -38,6 +60,55 @@ def test_leaf_spec_splits_the_largest_axis_that_divides():
     assert sharding.leaf_spec("kernel", _leaf(), 4) == P()
     assert sharding.leaf_spec("kernel", _leaf(1024, 1024), 1) == P()
     assert sharding.leaf_spec("a/pos_embed", _leaf(1024, 1024), 4) == P()
+
+
+def test_tensor_splits_outputs_then_inputs():
+    """Of two products in a row the first gives each device the part that it needs for the second."""
+
+    def spec(path, *shape, fsdp=2, tensor=2):
+        return sharding.leaf_spec(path, _leaf(*shape), fsdp, tensor)
+
+    assert spec("params/dit/blocks/mlp/fc1/kernel", 12, 256, 1024) == P(None, "fsdp", "tensor")
+    assert spec("ema_params/dit/blocks/mlp/fc2/kernel", 12, 1024, 256) == P(None, "tensor", "fsdp")
+    assert spec("params/dit/blocks/mlp/fc1/bias", 12, 1024) == P(None, "tensor")
+    assert spec("params/dit/blocks/mlp/fc2/bias", 12, 256) == P()
+    assert spec("frozen/dit/pos_embed", 1, 256, 256) == P()
+    assert spec("base/unet/mid_block/resnets_0/conv1/kernel", 3, 3, 64, 128) == P(None, None, "fsdp", "tensor")
+    assert spec("base/unet/mid_block/resnets_0/conv2/kernel", 3, 3, 128, 64) == P(None, None, "tensor", "fsdp")
+    assert spec("base/text/layers_0/self_attn/out_proj/kernel", 256, 256) == P("tensor", "fsdp")
+    assert spec("base/vae/decoder/mid_block/attentions_0/to_q/kernel", 256, 256) == P("fsdp", "tensor")
+    # an integer kernel's scales lie as its outputs do; adapters as the kernel that they are for
+    unet = "unet/down_blocks_0/attentions_0/transformer_blocks_0/attn1"
+    assert spec(f"base/{unet}/to_q/kernel/qvalue", 256, 256) == P("fsdp", "tensor")
+    assert spec(f"base/{unet}/to_q/kernel/scale", 1, 256) == P(None, "tensor")
+    assert spec(f"base/{unet}/to_out_0/kernel/scale", 1, 256) == P()
+    assert spec(f"params/lora/{unet}/to_q/kernel/b", 4, 256) == P(None, "tensor")
+    assert spec(f"params/lora/{unet}/to_q/kernel/a", 256, 4) == P()
+    assert spec(f"params/lora/{unet}/to_out_0/kernel/a", 256, 4) == P("tensor", None)
+    assert spec(f"params/lora/{unet}/to_q/kernel/scale", 3) == P()
+    with pytest.raises(ValueError, match=r"mesh\.tensor=5 .*mlp/fc1/kernel.*1024.*4 and 8"):
+        spec("params/dit/blocks/mlp/fc1/kernel", 12, 256, 1024, tensor=5)
+
+
+@pytest.mark.parametrize("name", ["dit", "unet", "vae", "text"])
+def test_every_rule_of_a_family_finds_its_arrays(name):
+    """A module that is renamed would else be left whole on every device without a word."""
+    named = {"dit": "DiT-S/2", "unet": "sd15/unet", "vae": "sd15/vae", "text": "sd15/text"}
+    model = models.create(named[name])
+    shapes = {name: jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())["params"]}
+    paths = [path.partition("/")[2] for path in tree.flatten(shapes)]
+    for pattern, how in sharding.TABLES[name]:
+        assert any(re.fullmatch(pattern, path) for path in paths), pattern
+        assert how in ("outputs", "inputs", "replicate")
+    split = [s.spec for s in jax.tree.leaves(sharding.shardings(sharding.make_mesh(2, 2, 2), shapes))]
+    large = [leaf for leaf in jax.tree.leaves(shapes) if leaf.size >= sharding.SMALL]
+    assert sum("tensor" in spec for spec in split) > len(large) / 2
+
+
+def test_what_fsdp_cannot_split_is_listed():
+    mesh, state = sharding.make_mesh(2, 4), {"a": {"kernel": _leaf(255, 1001)}, "b": {"kernel": _leaf(256, 1001)}}
+    assert sharding.unsplit(mesh, state) == ["a/kernel float32[255,1001]"]
+    assert sharding.unsplit(sharding.make_mesh(8), state) == []
 
 
 def test_optimizer_state_follows_its_parameter():

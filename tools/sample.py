@@ -7,6 +7,9 @@
     python tools/sample.py sd15/ --prompt "a fox" --image photo.png --strength 0.6 --size 512x768 --out fox.png
     python tools/sample.py sd15/ --prompt "a fox" --image photo.png --mask mask.png   # white is made anew
 
+With --npz each batch is kept in FILE.npz.parts until all are made: the same command goes on where it was ended. Several processes,
+and all their devices, share the work (docs/scale.md).
+
 With --num the labels go round through all classes (or through --labels), and so do several prompts. Picture i depends on the
 seed, i and its label or prompts alone: not on the batch size or the number of devices. A model of labels in latents shows
 previews at the latents' resolution.
@@ -15,8 +18,9 @@ previews at the latents' resolution.
 import argparse
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,9 +28,14 @@ from tqdm import tqdm
 
 from jdiff import command
 
+if TYPE_CHECKING:
+    from jdiff.processes import Peers
+
 BY_LABELS = ("labels", "sampler", "guidance_channels", "guidance_interval")
 BY_PROMPTS = ("prompt", "negative", "image", "mask", "strength", "scheduler", "size", "clip_skip")
 """Options that one kind of model has and the other has not."""
+PLACES = ("out", "npz", "png_dir", "coordinator", "processes", "process", "start_limit", "lost_after")
+"""Options in which the processes of one command may differ."""
 
 
 def parse_labels(text: str, names: list[str], num_classes: int) -> list[int]:
@@ -96,22 +105,35 @@ def main() -> int:
     prompts.add_argument("--scheduler", help="another than the model's own: euler, dpmpp_2m, unipc, ...")
     prompts.add_argument("--size", help="of the pictures, N or HEIGHTxWIDTH; --image and --mask are resized to it")
     prompts.add_argument("--clip-skip", type=int, help="how many of the text encoder's last layers to leave out")
+    command.add_process_options(parser)
     return command.run("sample.py", sample, parser.parse_args())
 
 
 def sample(options: argparse.Namespace) -> int:
-    """The work behind `main`."""
+    """The work behind `main`, as one of several processes or alone."""
     command.check_above_zero(options, ("steps", "batch_size", "num"))
-    import jax
+    from jdiff import processes, runtime
 
+    runtime.quiet()
+    peers = processes.join(options)
+    return peers.run(lambda: make(options, peers))
+
+
+def make(options: argparse.Namespace, peers: "Peers") -> int:
+    """Makes the pictures and writes them."""
     import jdiff
     from jdiff import runtime
     from jdiff.pipelines import TextPipeline
+    from jdiff.pipelines.kept import KeptPictures
     from jdiff.pipelines.loras import split_scale
+    from jdiff.tree import digest, fingerprint
 
     given = len(options.prompt or ()) or len((options.labels or "").split(","))
     count = min(options.batch_size or 64, max(options.num or 1, given))
-    runtime.prepare(runtime.cpu_devices(count if options.guidance == 1 else 2 * count, least=1))
+    rows = count if options.guidance == 1 else 2 * count
+    runtime.prepare(runtime.cpu_devices(rows, least=1, processes=peers.count))
+    asked = {key: value for key, value in vars(options).items() if key not in PLACES}
+    peers.agree("options", {key: str(value) for key, value in asked.items()})
     loras = [split_scale(text) for text in options.lora]
     pipe = jdiff.pipeline(options.run, weights=options.weights, step=options.step, lora=loras)
     by_prompt = isinstance(pipe, TextPipeline)
@@ -119,14 +141,38 @@ def sample(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None:
             kind = "prompts, not labels" if by_prompt else "labels, not prompts"
             raise ValueError(f"--{name.replace('_', '-')}: the model in {options.run} takes {kind}")
-    pictures_BHWC, facts, column = (from_prompts if by_prompt else from_labels)(pipe, options)
-    if jax.process_index() == 0:
-        write(options, pictures_BHWC, facts, column)
+    made, facts, column = (from_prompts if by_prompt else from_labels)(pipe, options)
+    if options.npz is None:
+        parts: Any = list(made(0))
+    else:
+        first = {key: value for key, value in facts[0].items() if key not in (column, "index")}
+        files = {
+            name: digest({"": path.read_bytes()}) for name in ("image", "mask") if (path := getattr(options, name))
+        }
+        identity = {
+            "params": fingerprint(pipe.params),
+            **first,
+            "each": [fact[column] for fact in facts],
+            "files": files,
+        }
+        parts = KeptPictures(options.npz.with_name(options.npz.name + ".parts"), identity)
+        peers.agree("pictures", {"pictures in the folder": parts.done})
+        if parts.done and peers.index == 0:
+            print(f"{parts.done} pictures are in {parts.place} already")
+        for pictures_BHWC in made(parts.done):
+            if peers.index == 0:
+                parts.add(pictures_BHWC)
+    if peers.index == 0:
+        write(options, parts, facts, column)
     return 0
 
 
-def from_labels(pipe: Any, options: argparse.Namespace) -> tuple[np.ndarray, list[dict[str, Any]], str]:
-    """(pictures, facts of each, which fact tells them apart) of a model of classes."""
+Made = Callable[[int], Iterator[np.ndarray]]
+"""The pictures from the n-th on, uint8 (B, H, W, 3) at a time."""
+
+
+def from_labels(pipe: Any, options: argparse.Namespace) -> tuple[Made, list[dict[str, Any]], str]:
+    """(what makes the pictures, facts of each, which fact tells them apart) of a model of classes."""
     import jax
 
     classes = pipe.model.num_classes
@@ -144,16 +190,18 @@ def from_labels(pipe: Any, options: argparse.Namespace) -> tuple[np.ndarray, lis
         "sampler": options.sampler,
         "seed": options.seed,
     }
-    pictures = []
-    with tqdm(total=count, unit="image", disable=jax.process_index() != 0) as bar:
-        for made in pipe.many(labels, options.batch_size or 64, **settings):
-            pictures.append(made)
-            bar.update(len(made))
-    return np.concatenate(pictures), [{"labels": labels[i], "index": i, **settings} for i in range(count)], "labels"
+
+    def made(first: int) -> Iterator[np.ndarray]:
+        with tqdm(total=count, initial=first, unit="image", disable=jax.process_index() != 0) as bar:
+            for pictures in pipe.many(labels, options.batch_size or 64, first, **settings):
+                yield pictures
+                bar.update(len(pictures))
+
+    return made, [{"labels": labels[i], "index": i, **settings} for i in range(count)], "labels"
 
 
-def from_prompts(pipe: Any, options: argparse.Namespace) -> tuple[np.ndarray, list[dict[str, Any]], str]:
-    """(pictures, facts of each, which fact tells them apart) of a model of texts."""
+def from_prompts(pipe: Any, options: argparse.Namespace) -> tuple[Made, list[dict[str, Any]], str]:
+    """(what makes the pictures, facts of each, which fact tells them apart) of a model of texts."""
     import jax
 
     if not options.prompt:
@@ -178,18 +226,21 @@ def from_prompts(pipe: Any, options: argparse.Namespace) -> tuple[np.ndarray, li
         settings |= {"height": size[0], "width": size[1]}
     files = {name: str(path) for name in ("image", "mask") if (path := getattr(options, name))}
     facts = [{**fact, **files} for fact in pipe.facts(prompts, **settings)]
-    pictures: list[Any] = []
-    batches = math.ceil(count / batch)
-    with tqdm(unit="call", disable=jax.process_index() != 0) as bar:
-        for first in range(0, count, batch):
-            rows = [prompts[min(first + i, count - 1)] for i in range(batch)]
 
-            def tell(done: int, total: int, _: Any, before: int = first // batch) -> None:
-                bar.total = total * batches
-                bar.update(before * total + done - bar.n)
+    def made(begin: int) -> Iterator[np.ndarray]:
+        batches = math.ceil((count - begin) / batch)
+        with tqdm(unit="call", disable=jax.process_index() != 0) as bar:
+            for number, first in enumerate(range(begin, count, batch)):
+                rows = [prompts[min(first + i, count - 1)] for i in range(batch)]
 
-            pictures += pipe(rows, first_index=first, callback=tell, **settings)[: count - first]
-    return np.stack([np.asarray(picture) for picture in pictures]), facts, "prompt"
+                def tell(done: int, total: int, _: Any, before: int = number) -> None:
+                    bar.total = total * batches
+                    bar.update(before * total + done - bar.n)
+
+                pictures = pipe(rows, first_index=first, callback=tell, **settings)[: count - first]
+                yield np.stack([np.asarray(picture) for picture in pictures])
+
+    return made, facts, "prompt"
 
 
 def open_picture(path: Path, size: tuple[int, int] | None, resampling: Image.Resampling) -> Image.Image:
@@ -200,30 +251,30 @@ def open_picture(path: Path, size: tuple[int, int] | None, resampling: Image.Res
         return image.resize((size[1], size[0]), resampling) if size else image
 
 
-def write(options: argparse.Namespace, pictures_BHWC: np.ndarray, facts: list[dict[str, Any]], column: str) -> None:
-    """Puts pictures and their facts where the options say."""
+def write(options: argparse.Namespace, parts: Any, facts: list[dict[str, Any]], column: str) -> None:
+    """Puts pictures, which come in parts, and their facts where the options say."""
     from jdiff import pipelines
+    from jdiff.pipelines.kept import write_npz
 
-    count, run = len(pictures_BHWC), {"run": str(options.run)}
+    count, run = len(facts), {"run": str(options.run)}
     each = [fact[column] for fact in facts]
-    if options.npz:
-        options.npz.parent.mkdir(parents=True, exist_ok=True)
-        values = np.asarray(each, np.int32 if column == "labels" else None)
-        np.savez(options.npz, arr_0=pictures_BHWC, **{column: values})
-        print(f"{count} pictures: {options.npz}")
     if options.png_dir:
         width = max(5, math.ceil(math.log10(count + 1)))
-        for i, picture in enumerate(pictures_BHWC):
+        for i, picture in enumerate(picture for part in parts for picture in part):
             pipelines.save_png(Image.fromarray(picture), options.png_dir / f"{i:0{width}d}.png", {**run, **facts[i]})
         print(f"{count} pictures: {options.png_dir}")
     out = options.out or (None if options.npz or options.png_dir else Path("grid.png"))
     if out and column == "prompt" and count == 1:
-        pipelines.save_png(Image.fromarray(pictures_BHWC[0]), out, {**run, **facts[0]})
+        pipelines.save_png(Image.fromarray(next(iter(parts))[0]), out, {**run, **facts[0]})
         print(f"picture: {out}")
     elif out:
         shared = {key: value for key, value in facts[0].items() if key not in (column, "index")}
-        pipelines.save_png(pipelines.grid(pictures_BHWC), out, {**run, column: each, **shared})
+        pipelines.save_png(pipelines.grid(np.concatenate(list(parts))), out, {**run, column: each, **shared})
         print(f"sample grid: {out}")
+    if options.npz:
+        write_npz(options.npz, parts, count, {column: np.asarray(each, np.int32 if column == "labels" else None)})
+        parts.remove()
+        print(f"{count} pictures: {options.npz}")
 
 
 if __name__ == "__main__":

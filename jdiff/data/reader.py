@@ -42,7 +42,7 @@ class _Steps:
         first: int,
         flip: bool,
         transform: Transform | None,
-        rows: range,
+        rows: Sequence[int],
         batch_size: int,
     ):
         self.source, self.order, self.seed, self.first = source, order, seed, first
@@ -125,9 +125,10 @@ class batches:
     """An endless iterator over this process's rows of every global batch; a context manager that ends its workers.
 
     Yields {"image": uint8 (b, H, W, 3) | "latent": float32 (b, H, W, C), "label": int32 (b,), "index": int32 (b,)}, where b is
-    batch_size / process_count and `index` is the record's number in the source; also what else is a number or an array in
-    the source's records. workers: processes that read ahead, 0 for a thread. transform: a picklable (record, rng) -> record,
-    called for each record where it is read; all that is random in it comes from `rng`, and it may raise BrokenRecord.
+    the number of `rows` and `index` is the record's number in the source; also what else is a number or an array in the
+    source's records. rows: which of a global batch's this process reads; all when None. workers: processes that read ahead, 0
+    for a thread. transform: a picklable (record, rng) -> record, called for each record where it is read; all that is random in
+    it comes from `rng`, and it may raise BrokenRecord.
     Broken records are replaced, appended to `bad_log` with the reason, and DataError is raised when more than `max_bad_rate`
     of the distinct records seen (100 at least, or all there are) are broken.
 
@@ -144,24 +145,19 @@ class batches:
         start_step: int = 0,
         flip: bool = True,
         workers: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         bad_log: Path | None = None,
         max_bad_rate: float = 0.35,
         transform: Transform | None = None,
     ):
         import grain
 
-        if batch_size % process_count:
-            raise DataError(f"batch_size={batch_size} does not divide over {process_count} processes")
         if source.buckets is None:
             order = Shuffled(len(source), batch_size, seed)
         else:
             order = ByBucket(source.buckets.of, batch_size, seed)
-            if process_index == 0:
-                log.info("batches of %s:\n%s", source.name, source.buckets.table(batch_size))
-        first_row = process_index * (batch_size // process_count)
-        rows = range(first_row, first_row + batch_size // process_count)
+            log.info("batches of %s:\n%s", source.name, source.buckets.table(batch_size))
+        rows = range(batch_size) if rows is None else rows
         steps = _Steps(source, order, seed, start_step, flip, transform, rows, batch_size)
         # two threads read ahead: pictures decode outside the interpreter's lock, and order stays as it is
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)

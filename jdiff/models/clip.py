@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jdiff.layers import Dense, Embed, LayerNorm, attention
+from jdiff.layers import Dense, Embed, LayerNorm, attention, boundary
 from jdiff.models.macs import macs
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -71,7 +71,7 @@ class Layer(nn.Module):
         attn = SelfAttention(self.heads, self.layers, self.dtype, self.causal, name="self_attn")
         x_BSE += attn(LayerNorm(self.eps, name="layer_norm1")(x_BSE))
         mlp = Mlp(self.hidden, self.layers, self.activation, self.dtype, name="mlp")
-        return x_BSE + mlp(LayerNorm(self.eps, name="layer_norm2")(x_BSE))
+        return boundary(x_BSE + mlp(LayerNorm(self.eps, name="layer_norm2")(x_BSE)))
 
 
 def check_layers(width: int, heads: int, activation: str) -> None:

@@ -18,6 +18,7 @@ from jdiff.layers import (
     Dense,
     Embed,
     attention,
+    boundary,
     gelu_tanh,
     layer_norm,
     sincos_positions_2d,
@@ -93,7 +94,7 @@ class Block(nn.Module):
         x_BLD += gate_msa[:, None] * attn(modulate(x_BLD, shift_msa, scale_msa))
         mlp = Mlp(self.hidden, self.dtype, name="mlp")
         x_BLD += gate_mlp[:, None] * mlp(modulate(x_BLD, shift_mlp, scale_mlp))
-        return x_BLD, None
+        return boundary(x_BLD), None
 
 
 class Modulation(Dense):

@@ -19,6 +19,7 @@ from jdiff.layers import (
     ResnetBlock,
     Upsample,
     attention,
+    boundary,
     timestep_embedding,
     torch_uniform,
     zeros,
@@ -114,7 +115,7 @@ class SpatialTransformer(nn.Module):
             h = Dense(C, kernel_init=zeros, dtype=self.dtype, name="proj_out")(h_BLC).reshape(B, H, W, C)
         else:
             h = Conv(C, (1, 1), kernel_init=zeros, dtype=self.dtype, name="proj_out")(h_BLC.reshape(B, H, W, C))
-        return x_BHWC + h
+        return boundary(x_BHWC + h)
 
 
 class Level(nn.Module):

@@ -18,14 +18,14 @@ def spread(mesh: Mesh, rows: Mapping[str, np.ndarray], calls: int = 1) -> dict[s
     cut what comes of it to the old length. Rows that do not divide by themselves lie whole on every device.
     """
     count = len(next(iter(rows.values())))
-    unit = mesh.size // math.gcd(mesh.size, calls)
+    devices = sharding.row_devices(mesh)
+    unit = devices // math.gcd(devices, calls)
     padded = math.ceil(count / unit) * unit
-    if padded % mesh.size:
+    if padded % devices:
         everywhere = sharding.replicated(mesh)
         whole = {name: array[np.arange(padded) % count] for name, array in rows.items()}
         return {name: jax.make_array_from_process_local_data(everywhere, array) for name, array in whole.items()}
-    each = padded // jax.process_count()
-    mine = np.arange(jax.process_index() * each, (jax.process_index() + 1) * each) % count
+    mine = np.array(sharding.process_rows(mesh, padded)) % count
     return sharding.put_batch(mesh, {name: array[mine] for name, array in rows.items()})
 
 
@@ -75,7 +75,8 @@ def in_slices(function: Callable[[Any], jax.Array], rows: Any, mesh: Mesh, at_on
     Rows lie over the devices in order, or whole on each, as `spread` puts them.
     """
     count = len(jax.tree.leaves(rows)[0])
-    devices = 1 if count % mesh.size else mesh.size
+    devices = sharding.row_devices(mesh)
+    devices = 1 if count % devices else devices
     each = count // devices
     size = max(n for n in range(1, min(at_once, each) + 1) if each % n == 0)
     if size == each:
