@@ -9,6 +9,7 @@ parameters) is stored in int8 and multiplied in floats; the products of attentio
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -130,19 +131,34 @@ def train(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | Non
     return _each(params, rules, parts, lambda _, leaf, scheme, sizes: Rounded(leaf, scheme, sizes))
 
 
-def observe(apply: Callable[[Tree], jax.Array], params: Tree, paths: Iterable[str]) -> dict[str, jax.Array]:
-    """Each kernel's inputs in one call of a model: the largest absolute value of each channel, (..., C), by the kernel's path.
+def largest(window: qtensor.Window, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Each input channel's largest absolute value, (C,): what `observe` sees of inputs for static steps and balancing."""
+    return jnp.abs(x).max(tuple(range(x.ndim - 1)))
 
-    apply: params -> any output that is made with all of these kernels, each of them used once.
+
+def observe(
+    apply: Callable[[Tree], jax.Array], params: Tree, paths: Iterable[str], see: qtensor.See = largest
+) -> dict[str, Any]:
+    """What `see` makes of each kernel's inputs and product in one call of a model, by the kernel's path; stacked as layers are.
+
+    apply: params -> any output that is made with all of these kernels, each of them used once. params: floats, or quantized.
     """
-    leaves = weights.flatten(params)
-    nothing = {path: jnp.zeros(_seen(leaves[path])) for path in paths}
+    leaves, shapes = weights.flatten(params), {}
 
-    def run(peaks: dict[str, jax.Array]) -> jax.Array:
-        seen = {path: Observed(leaves[path], peak) for path, peak in peaks.items()}
+    def run(watch: Callable[[str], Observed], paths: Iterable[str]) -> jax.Array:
+        seen = {path: watch(path) for path in paths}
         return apply(weights.map_with_path(lambda path, leaf: seen.get(path, leaf), params)).sum()
 
-    return jax.grad(run)(nothing)
+    def noted(path: str) -> Observed:
+        def note(window: qtensor.Window, x: jax.Array, y: jax.Array) -> None:
+            shapes[path] = jax.eval_shape(partial(see, window), x, y)
+
+        return Observed(leaves[path], None, note)
+
+    jax.eval_shape(lambda: run(noted, paths))
+    stack = lambda path, one: jnp.zeros((*leaves[path].shape[: len(leaves[path].shape) % 2], *one.shape), one.dtype)  # noqa: E731
+    nothing = {path: jax.tree.map(partial(stack, path), shapes[path]) for path in paths}
+    return jax.grad(lambda found: run(lambda path: Observed(leaves[path], found[path], see), found))(nothing)
 
 
 def divisors(kernel: jax.Array, peak: jax.Array, alpha: float) -> jax.Array:
@@ -154,7 +170,7 @@ def divisors(kernel: jax.Array, peak: jax.Array, alpha: float) -> jax.Array:
 
 
 def _seen(kernel: Any) -> tuple[int, ...]:
-    """The shape of what `observe` sees of a kernel's inputs."""
+    """The shape of what `largest` sees of a kernel's inputs."""
     return (*kernel.shape[: len(kernel.shape) % 2], kernel.shape[-2])
 
 
