@@ -178,6 +178,11 @@ def _spread(scale: jax.Array, parts: Sequence[int]) -> jax.Array:
     return jnp.concatenate(rows, -2)
 
 
+def spread(w: QTensor) -> jax.Array:
+    """A scale for each input, (..., C, D); (..., 1, D) when all share one."""
+    return _spread(w.scale, _parts(w))
+
+
 def _parts(w: QTensor) -> tuple[int, ...]:
     G = w.scale.shape[-2]
     return w.sizes or (w.shape[-2] // G,) * G
@@ -185,7 +190,7 @@ def _parts(w: QTensor) -> tuple[int, ...]:
 
 def dequantize(w: QTensor, dtype: Any = jnp.float32) -> jax.Array:
     """The kernel in floats."""
-    return w.qvalue.astype(dtype) * _spread(w.scale, _parts(w)).astype(dtype)
+    return w.qvalue.astype(dtype) * spread(w).astype(dtype)
 
 
 def dot(x: jax.Array, w: Kernel) -> jax.Array:
@@ -204,7 +209,7 @@ def conv(x_BHWC: jax.Array, w: Kernel, strides: Sequence[int], padding: Any) -> 
 
 def take(w: QTensor, ids: jax.Array, dtype: Any) -> jax.Array:
     """Rows of a table."""
-    scale = _spread(w.scale, _parts(w)).astype(dtype)
+    scale = spread(w).astype(dtype)
     return jnp.take(w.qvalue, ids, axis=0).astype(dtype) * (
         scale[0] if len(scale) == 1 else jnp.take(scale, ids, axis=0)
     )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdiff import qtensor, tree, weights
+from jdiff import gptq, qtensor, tree, weights
 from jdiff.qtensor import Observed, QTensor, Rounded, Scheme
 from jdiff.weights import LoRAWeight, unwrap
 
@@ -106,12 +106,14 @@ def quantize(
     parts: Mapping[str, tuple[int, ...]] | None = None,
     peaks: Mapping[str, jax.Array] | None = None,
     done: Callable[[Any], None] = lambda _: None,
+    moments: Mapping[str, jax.Array] | None = None,
 ) -> Tree:
     """The tree with its kernels as `QTensor`s, one after another; kernels inside adapters too. Errors as `choose`'s.
 
     params: a model's, arrays of jax or numpy, or what makes one in `np.asarray`; or their shapes, under `jax.eval_shape`.
     parts: the lengths of a kernel's input axis that have scales of their own, by path (`UNet.concatenated`). peaks: what
-    `observe` has seen, which static schemes need. done: called with each kernel that has been rounded.
+    `observe` has seen, which static schemes need. done: called with each kernel that has been rounded. moments: what `observe` has
+    seen by `moment`: kernels that have one are rounded by GPTQ, others to the nearest.
     """
 
     def rounded(path: str, leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> QTensor:
@@ -119,7 +121,8 @@ def quantize(
             raise ValueError(
                 f"quantize: {path} takes a static step, which is made of what was seen of its inputs: calibrate (tools/quantize.py)"
             )
-        made = _quantized(leaf, scheme, sizes, (peaks or {}).get(path) if scheme.static else None)
+        peak = (peaks or {}).get(path) if scheme.static else None
+        made = _quantized(leaf, scheme, sizes, peak, (moments or {}).get(path))
         done(leaf)
         return made
 
@@ -134,6 +137,12 @@ def train(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | Non
 def largest(window: qtensor.Window, x: jax.Array, y: jax.Array) -> jax.Array:
     """Each input channel's largest absolute value, (C,): what `observe` sees of inputs for static steps and balancing."""
     return jnp.abs(x).max(tuple(range(x.ndim - 1)))
+
+
+def moment(window: qtensor.Window, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The mean of x^T x, (C, C): what `observe` sees of a product's inputs for GPTQ."""
+    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    return x.T @ x / len(x)
 
 
 def observe(
@@ -190,17 +199,25 @@ def _each(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | Non
 
 
 _quantize = jax.jit(qtensor.quantize, static_argnums=(1, 2))
+_by_gptq = jax.jit(gptq.quantize, static_argnums=(2, 3))
 
 
-def _quantized(leaf: Any, scheme: Scheme, sizes: tuple[int, ...], peak: jax.Array | None) -> QTensor:
-    if isinstance(leaf, jax.Array):
-        return _quantize(leaf, scheme, sizes, peak)
-    if len(leaf.shape) % 2 == 0:
-        return _quantize(np.asarray(leaf), scheme, sizes, peak)
+def _quantized(
+    leaf: Any, scheme: Scheme, sizes: tuple[int, ...], peak: jax.Array | None, moment: jax.Array | None
+) -> QTensor:
+    def one(kernel: Any, peak: jax.Array | None, moment: jax.Array | None) -> QTensor:
+        kernel = kernel if isinstance(kernel, jax.Array) else np.asarray(kernel)
+        if moment is None:
+            return _quantize(kernel, scheme, sizes, peak)
+        return _by_gptq(kernel, moment, scheme, sizes, peak)
+
+    if len(leaf.shape) % 2 == 0 or (isinstance(leaf, jax.Array) and moment is None):
+        return one(leaf, peak, moment)
     # of what is in a file a layer at a time: all of a large model's are gigabytes
-    each = [None] * len(leaf) if peak is None else peak
-    made = (_quantize(np.asarray(leaf[i]), scheme, sizes, each[i]) for i in range(len(leaf)))
-    layers = [jax.tree.map(np.asarray, one) for one in made]
+    each = [[None] * len(leaf) if of is None else of for of in (peak, moment)]
+    layers = [
+        jax.tree.map(np.asarray, one(*row)) for row in zip((leaf[i] for i in range(len(leaf))), *each, strict=True)
+    ]
     return jax.tree.map(lambda *rows: np.stack(rows), *layers)
 
 

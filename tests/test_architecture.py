@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     *({"train"}, {"tasks"}, {"app", "evaluate"}, {"loading"}, {"pipelines"}, {"convert"}, {"checkpoint"}),
     *({"report"}, {"logbook", "meter", "interrupt", "runtime", "command"}, {"data"}, {"tokens"}, {"config"}),
-    *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights"}),
+    *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights", "gptq"}),
     *({"qtensor"}, {"convolution", "tree"}, {"paths", "version"}),
 )
 """Top first. A module imports from floors below its own, a package also from itself."""

@@ -115,6 +115,7 @@ def test_bytes(run, tmp_path):
         assert 0 <= there - quantized.size(opened.models) < 10_000
 
 
+@pytest.mark.slow
 def test_a_report_of_a_model_of_texts(commands, stable, tmp_path):
     """By prompts of one's own; a copy cannot be its own measure."""
     arguments = ("--recipe", "w8a8", "--num", 2, "--steps", 2)
@@ -262,8 +263,9 @@ def test_the_tool(commands, run, tmp_path):
         assert failed.returncode == 2 and said in failed.stderr and len(failed.stderr.splitlines()) == 1
 
 
-def test_a_copy_calibrated_on_data(commands, run, image_folder, tmp_path):
-    made = commands.run(TOOL, run, tmp_path / "copy", "--recipe", "w8a8-static", "--calibrate", image_folder)
+@pytest.mark.parametrize(("recipe", "more"), [("w8a8-static", ()), ("w8", ("--gptq",))])
+def test_a_copy_calibrated_on_data(commands, run, recipe, more, image_folder, tmp_path):
+    made = commands.run(TOOL, run, tmp_path / "copy", "--recipe", recipe, "--calibrate", image_folder, *more)
     assert made.returncode == 0, made.stderr
     exact, found = (jdiff.pipeline(path)(**LABELS) for path in (run, tmp_path / "copy"))
     assert 0 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.1
@@ -289,6 +291,7 @@ def test_a_calibrated_copy(commands, run, class_config, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, said in (
         (("w8", "--balance"), "--balance needs --calibrate"),
+        (("w4", "--gptq"), "--gptq needs --calibrate"),
         (("w8a8-static",), "needs --calibrate N"),
         (("w8a8-static", "--calibrate", tmp_path / "empty"), "holds no pictures"),
     ):

@@ -59,6 +59,9 @@ def main() -> int:
         help="watch activations on N of the model's own pictures, or on a data set's (w8a8-static needs it)",
     )
     parser.add_argument("--balance", action="store_true", help="with --calibrate: even out channels, where that helps")
+    parser.add_argument(
+        "--gptq", action="store_true", help="with --calibrate: round kernels by what their inputs are (w4)"
+    )
     if name == "report":
         parser.add_argument("--recipe", choices=RECIPES, action="append", required=True, help="may be given again")
         parser.add_argument("--num", type=int, default=40, help="pictures; labels or prompts go round")
@@ -105,8 +108,9 @@ def check(options: argparse.Namespace, recipes: list[str]) -> None:
     command.check_above_zero(options, ("steps",))
     if options.calibrate and number(options) == 0:
         raise ValueError("--calibrate=0 must be above 0")
-    if options.balance and not options.calibrate:
-        raise ValueError("--balance needs --calibrate: how channels differ is seen on pictures")
+    for name, why in (("balance", "how channels differ"), ("gptq", "what kernels' inputs are")):
+        if getattr(options, name) and not options.calibrate:
+            raise ValueError(f"--{name} needs --calibrate: {why} is seen on pictures")
     if "w8a8-static" in recipes and not options.calibrate:
         raise ValueError("--recipe w8a8-static needs --calibrate N: its steps are fixed by what is seen on pictures")
 
@@ -193,18 +197,18 @@ def copy_of(opened: Any, options: argparse.Namespace, recipe: str, look: Look | 
     if look is None:
         return loading.quantized(opened, recipe)
     subject, batches, peaks = look
-    if not options.balance:
-        return loading.quantized(opened, recipe, peaks=peaks)
-    if opened.main != "dit":
-        raise ValueError(
-            f"--balance evens out the channels of a DiT, and {options.src} is a model of texts: leave it out"
-        )
-    params, peaks, alphas = calibration.balance(subject, quant.find_recipe(recipe)["dit"], batches, peaks)
-    for path, alpha in alphas.items():
-        print(f"{path}: {'as it was' if alpha is None else f'balanced, alpha {alpha:g}'}")
-    module, _ = opened.models["dit"]
-    made = loading.quantized(replace(opened, models={**opened.models, "dit": (module, params)}), recipe, (), peaks)
-    return replace(made, quantized=replace(made.quantized, balanced=True))
+    rules = quant.find_recipe(recipe)[opened.main]
+    if options.balance:
+        if opened.main != "dit":
+            raise ValueError(f"--balance is for a DiT's channels, and {options.src} is a model of texts: leave it out")
+        params, peaks, alphas = calibration.balance(subject, rules, batches, peaks)
+        for path, alpha in alphas.items():
+            print(f"{path}: {'as it was' if alpha is None else f'balanced, alpha {alpha:g}'}")
+        opened = replace(opened, models={**opened.models, "dit": (subject.model, params)})
+        subject = subject.changed(params)
+    moments = calibration.moments_of(subject, rules, batches) if options.gptq else None
+    made = loading.quantized(opened, recipe, () if options.balance else None, peaks, moments)
+    return replace(made, quantized=replace(made.quantized, balanced=options.balance))
 
 
 def report(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ Pictures, its own or a data set's, are noised, and it is shown them with their l
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jdiff.evaluate.pictures import chosen
 from jdiff.evaluate.subject import Classes, Subject, Texts
 from jdiff.pipelines import ClassPipeline, TextPipeline
 from jdiff.pipelines.rows import spread
+from jdiff.qtensor import See
 
 BINS = 10
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
@@ -100,12 +101,31 @@ def _records(source: Source, most: int) -> list[dict[str, Any]]:
 
 def peaks_of(subject: Subject, rules: quant.Rules, batches: Sequence[Batch]) -> dict[str, jax.Array]:
     """Of each kernel that the rules round, its inputs' largest absolute values, by channel: see `quant.observe`."""
+    return _seen(subject, _rounded(subject, rules), batches, quant.largest, jnp.maximum)
+
+
+def moments_of(subject: Subject, rules: quant.Rules, batches: Sequence[Batch]) -> dict[str, jax.Array]:
+    """Of each kernel of a matrix product that the rules round, the mean of its inputs' x^T x: what GPTQ rounds by."""
+    leaves = weights.flatten(subject.params)
+    paths = [path for path in _rounded(subject, rules) if leaves[path].ndim < 4]
+    sums = _seen(subject, paths, batches, quant.moment, jnp.add)
+    return jax.tree.map(lambda total: total / len(batches), sums)
+
+
+def _rounded(subject: Subject, rules: quant.Rules) -> list[str]:
     schemes = dict(rules)
-    paths = [path for path, rule in quant.choose(subject.params, rules).items() if quant.SCHEMES[schemes[rule]]]
-    look = jax.jit(lambda params, batch: quant.observe(partial(predict, subject.model, batch=batch), params, paths))
+    return [path for path, rule in quant.choose(subject.params, rules).items() if quant.SCHEMES[schemes[rule]]]
+
+
+def _seen(
+    subject: Subject, paths: Sequence[str], batches: Sequence[Batch], see: See, join: Any
+) -> dict[str, jax.Array]:
+    look = jax.jit(
+        lambda params, batch: quant.observe(partial(predict, subject.model, batch=batch), params, paths, see)
+    )
     # one at a time: XLA:CPU may hang where two programs that add up over its devices run at once
-    found = [jax.block_until_ready(look(subject.params, batch)) for batch in batches]
-    return jax.tree.map(lambda *peaks: jnp.stack(peaks).max(0), *found)
+    found = (jax.block_until_ready(look(subject.params, batch)) for batch in batches)
+    return reduce(partial(jax.tree.map, join), found)
 
 
 def balance(
