@@ -308,6 +308,7 @@ def test_full_sizes(commands, name, kind, tmp_path):
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
     source, copy = tmp_path / "source.safetensors", tmp_path / "copy"
     convert.write(convert.from_models({kind: (model, params)}), source, "safetensors")
+    del params
     made = commands.run(TOOL, source, copy, "--recipe", "w8a8", timeout=900)
     assert made.returncode == 0, made.stderr
     files = [path.stat().st_size for path in (source, *copy.glob("*.safetensors"))]
