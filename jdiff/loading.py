@@ -191,13 +191,17 @@ def save_quantized(opened: Opened, dest: str | Path, after: Callable[[int], None
 
 
 def quantized(
-    opened: Opened, recipe: str, loras: Loras | None = None, peaks: Mapping[str, jax.Array] | None = None
+    opened: Opened,
+    recipe: str,
+    loras: Loras | None = None,
+    peaks: Mapping[str, jax.Array] | None = None,
+    moments: Mapping[str, jax.Array] | None = None,
 ) -> Opened:
     """A checkpoint with the kernels of its dit or unet rounded, one after another.
 
     loras: what will be attached; the models' fingerprints, which a LoRA run is checked against, are taken only if there is a run
-    among them, or when None. peaks: of `quant.observe`, for a static recipe. ValueError for a recipe that there is not, a model
-    that it has no rules for, or one quantized already.
+    among them, or when None. peaks, moments: of `quant.observe`, for a static recipe and for GPTQ. ValueError for a recipe that
+    there is not, a model that it has no rules for, or one quantized already.
     """
     rules = quant.find_recipe(recipe)
     if opened.quantized is not None:
@@ -210,7 +214,7 @@ def quantized(
     fingerprints = loras is None or any((Path(path) / "checkpoints").is_dir() for path in paths)
     digests = {name: tree.fingerprint(params) for name, (_, params) in opened.models.items()} if fingerprints else {}
     module, params = opened.models[opened.main]
-    made = quant.quantize(params, rules[opened.main], parts_of(module), peaks, release)
+    made = quant.quantize(params, rules[opened.main], parts_of(module), peaks, release, moments)
     return dataclasses.replace(
         opened, models={**opened.models, opened.main: (module, made)}, quantized=Quantized(recipe, digests)
     )

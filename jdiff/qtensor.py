@@ -9,7 +9,7 @@ Shapes: C inputs, D outputs, G parts of the input axis.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -22,6 +22,8 @@ from jdiff.convolution import convolve, has_integers
 
 Window: TypeAlias = tuple[tuple[int, ...], Any] | None
 """Strides and padding of a convolution; None for a matrix product."""
+See: TypeAlias = Callable[[Window, jax.Array, jax.Array], Any]
+"""(window, inputs, their product) -> floating-point arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +85,15 @@ class Rounded:
         return self.w.dtype
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["w", "peak"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["w", "found"], meta_fields=["see"])
 @dataclasses.dataclass(eq=False)
 class Observed:
-    """A float kernel whose inputs are looked at: whatever is differentiated, the gradient by `peak`, (..., C) of any values, is
-    each input channel's largest absolute value."""
+    """A kernel whose product is looked at: whatever is differentiated, the gradient by `found`, arrays of any values, is what `see`
+    makes of the inputs (..., C) and the product (..., D). w: array or QTensor."""
 
     w: Any
-    peak: Any
+    found: Any
+    see: See
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,7 +104,25 @@ class Observed:
         return self.w.dtype
 
 
-Kernel: TypeAlias = QTensor | Rounded | Observed
+@partial(jax.tree_util.register_dataclass, data_fields=["w", "q", "on"], meta_fields=[])
+@dataclasses.dataclass(eq=False)
+class Either:
+    """A kernel in floats, and rounded, of which the second is used where `on` is true, so that one program tries each alone."""
+
+    w: Any
+    q: QTensor
+    on: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.w.dtype
+
+
+Kernel: TypeAlias = QTensor | Rounded | Observed | Either
 
 
 def quantize(kernel: jax.Array, scheme: Scheme, sizes: tuple[int, ...] = (), peak: jax.Array | None = None) -> QTensor:
@@ -157,6 +178,11 @@ def _spread(scale: jax.Array, parts: Sequence[int]) -> jax.Array:
     return jnp.concatenate(rows, -2)
 
 
+def spread(w: QTensor) -> jax.Array:
+    """A scale for each input, (..., C, D); (..., 1, D) when all share one."""
+    return _spread(w.scale, _parts(w))
+
+
 def _parts(w: QTensor) -> tuple[int, ...]:
     G = w.scale.shape[-2]
     return w.sizes or (w.shape[-2] // G,) * G
@@ -164,7 +190,7 @@ def _parts(w: QTensor) -> tuple[int, ...]:
 
 def dequantize(w: QTensor, dtype: Any = jnp.float32) -> jax.Array:
     """The kernel in floats."""
-    return w.qvalue.astype(dtype) * _spread(w.scale, _parts(w)).astype(dtype)
+    return w.qvalue.astype(dtype) * spread(w).astype(dtype)
 
 
 def dot(x: jax.Array, w: Kernel) -> jax.Array:
@@ -183,7 +209,7 @@ def conv(x_BHWC: jax.Array, w: Kernel, strides: Sequence[int], padding: Any) -> 
 
 def take(w: QTensor, ids: jax.Array, dtype: Any) -> jax.Array:
     """Rows of a table."""
-    scale = _spread(w.scale, _parts(w)).astype(dtype)
+    scale = spread(w).astype(dtype)
     return jnp.take(w.qvalue, ids, axis=0).astype(dtype) * (
         scale[0] if len(scale) == 1 else jnp.take(scale, ids, axis=0)
     )
@@ -191,11 +217,17 @@ def take(w: QTensor, ids: jax.Array, dtype: Any) -> jax.Array:
 
 def _product(window: Window, x: jax.Array, w: Kernel) -> jax.Array:
     if isinstance(w, Observed):
-        return _observed(window, x, w.w, w.peak)
+        return _observed(window, w.see, x, w.w, w.found)
+    if isinstance(w, Either):
+        return lax.cond(w.on, lambda: _product(window, x, w.q), lambda: _float(window, x, w.w.astype(x.dtype)))
     if isinstance(w, Rounded):
         return _straight_through(window, w.scheme, w.sizes, x, w.w)
-    runs = window is None or _pointwise(window, w) or has_integers()
-    return _integer(window, x, w) if w.integer and runs else weight_only(window, x, w)
+    return _integer(window, x, w) if is_integer(window, w) else weight_only(window, x, w)
+
+
+def is_integer(window: Window, w: QTensor) -> bool:
+    """Whether this backend makes the product of integers."""
+    return w.integer and (window is None or _pointwise(window, w) or has_integers())
 
 
 def weight_only(window: Window, x: jax.Array, w: QTensor) -> jax.Array:
@@ -215,18 +247,27 @@ def _pointwise(window: Window, w: QTensor) -> bool:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _integer(window: Window, x: jax.Array, w: QTensor) -> jax.Array:
-    """The product of integers, part by part of the input axis."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    total = jnp.zeros((), wide)
+    for _, step, sums, scale in integer_parts(window, x, w):
+        total += sums.astype(wide) * (step * scale)
+    return total.astype(x.dtype)
+
+
+def integer_parts(
+    window: Window, x: jax.Array, w: QTensor
+) -> Iterator[tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+    """(x in int8, its step, int32 sums, the kernel's scales (D,)) of each part of the input axis: the product of integers is the
+    sum of `sums * step * scales`."""
     qvalue, scale = w.qvalue, w.scale
     if window is not None and _pointwise(window, w):
         window, qvalue, scale = None, qvalue[0, 0], scale[0, 0]
-    scale, wide = scale.reshape(-1, w.shape[-1]), jnp.promote_types(x.dtype, jnp.float32)
-    total, start = jnp.zeros((), wide), 0
+    scale, start = scale.reshape(-1, w.shape[-1]), 0
     for row, size in enumerate(_parts(w)):
         part, axes = x[..., start : start + size], (-1,) if window is None else (1, 2, 3)
         x_s8, step = round_activations(part, axes, None if w.step is None else w.step[row])
-        total += _accumulate(window, x_s8, qvalue[..., start : start + size, :]).astype(wide) * (step * scale[row])
+        yield x_s8, step, _accumulate(window, x_s8, qvalue[..., start : start + size, :]), scale[row]
         start += size
-    return total.astype(x.dtype)
 
 
 _integer.defvjp(
@@ -259,17 +300,18 @@ def _accumulate(window: Window, x_s8: jax.Array, kernel_s8: jax.Array) -> jax.Ar
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _observed(window: Window, x: jax.Array, kernel: jax.Array, peak: jax.Array) -> jax.Array:
-    return _float(window, x, kernel.astype(x.dtype))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _observed(window: Window, see: See, x: jax.Array, kernel: Any, found: Any) -> jax.Array:
+    return _observe(window, see, x, kernel, found)[0]
 
 
-def _observe(window: Window, x: jax.Array, kernel: jax.Array, peak: jax.Array) -> tuple[jax.Array, Any]:
-    seen = jnp.abs(x).max(tuple(range(x.ndim - 1))).astype(peak.dtype)
-    return _observed(window, x, kernel, peak), (x, kernel, seen)
+def _observe(window: Window, see: See, x: jax.Array, kernel: Any, found: Any) -> tuple[jax.Array, Any]:
+    y = _product(window, x, kernel) if isinstance(kernel, QTensor) else _float(window, x, kernel.astype(x.dtype))
+    return y, (x, see(window, x, y))
 
 
-_observed.defvjp(_observe, lambda window, saved, g: (jnp.zeros_like(saved[0]), jnp.zeros_like(saved[1]), saved[2]))
+# zeros of x, not None, by which what comes before would not be looked at
+_observed.defvjp(_observe, lambda window, see, saved, g: (jnp.zeros_like(saved[0]), None, saved[1]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

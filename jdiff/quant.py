@@ -9,13 +9,14 @@ parameters) is stored in int8 and multiplied in floats; the products of attentio
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdiff import qtensor, tree, weights
+from jdiff import gptq, qtensor, tree, weights
 from jdiff.qtensor import Observed, QTensor, Rounded, Scheme
 from jdiff.weights import LoRAWeight, unwrap
 
@@ -105,12 +106,14 @@ def quantize(
     parts: Mapping[str, tuple[int, ...]] | None = None,
     peaks: Mapping[str, jax.Array] | None = None,
     done: Callable[[Any], None] = lambda _: None,
+    moments: Mapping[str, jax.Array] | None = None,
 ) -> Tree:
     """The tree with its kernels as `QTensor`s, one after another; kernels inside adapters too. Errors as `choose`'s.
 
     params: a model's, arrays of jax or numpy, or what makes one in `np.asarray`; or their shapes, under `jax.eval_shape`.
     parts: the lengths of a kernel's input axis that have scales of their own, by path (`UNet.concatenated`). peaks: what
-    `observe` has seen, which static schemes need. done: called with each kernel that has been rounded.
+    `observe` has seen, which static schemes need. done: called with each kernel that has been rounded. moments: what `observe` has
+    seen by `moment`: kernels that have one are rounded by GPTQ, others to the nearest.
     """
 
     def rounded(path: str, leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> QTensor:
@@ -118,7 +121,8 @@ def quantize(
             raise ValueError(
                 f"quantize: {path} takes a static step, which is made of what was seen of its inputs: calibrate (tools/quantize.py)"
             )
-        made = _quantized(leaf, scheme, sizes, (peaks or {}).get(path) if scheme.static else None)
+        peak = (peaks or {}).get(path) if scheme.static else None
+        made = _quantized(leaf, scheme, sizes, peak, (moments or {}).get(path))
         done(leaf)
         return made
 
@@ -130,19 +134,40 @@ def train(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | Non
     return _each(params, rules, parts, lambda _, leaf, scheme, sizes: Rounded(leaf, scheme, sizes))
 
 
-def observe(apply: Callable[[Tree], jax.Array], params: Tree, paths: Iterable[str]) -> dict[str, jax.Array]:
-    """Each kernel's inputs in one call of a model: the largest absolute value of each channel, (..., C), by the kernel's path.
+def largest(window: qtensor.Window, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Each input channel's largest absolute value, (C,): what `observe` sees of inputs for static steps and balancing."""
+    return jnp.abs(x).max(tuple(range(x.ndim - 1)))
 
-    apply: params -> any output that is made with all of these kernels, each of them used once.
+
+def moment(window: qtensor.Window, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The mean of x^T x, (C, C): what `observe` sees of a product's inputs for GPTQ."""
+    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    return x.T @ x / len(x)
+
+
+def observe(
+    apply: Callable[[Tree], jax.Array], params: Tree, paths: Iterable[str], see: qtensor.See = largest
+) -> dict[str, Any]:
+    """What `see` makes of each kernel's inputs and product in one call of a model, by the kernel's path; stacked as layers are.
+
+    apply: params -> any output that is made with all of these kernels, each of them used once. params: floats, or quantized.
     """
-    leaves = weights.flatten(params)
-    nothing = {path: jnp.zeros(_seen(leaves[path])) for path in paths}
+    leaves, shapes = weights.flatten(params), {}
 
-    def run(peaks: dict[str, jax.Array]) -> jax.Array:
-        seen = {path: Observed(leaves[path], peak) for path, peak in peaks.items()}
+    def run(watch: Callable[[str], Observed], paths: Iterable[str]) -> jax.Array:
+        seen = {path: watch(path) for path in paths}
         return apply(weights.map_with_path(lambda path, leaf: seen.get(path, leaf), params)).sum()
 
-    return jax.grad(run)(nothing)
+    def noted(path: str) -> Observed:
+        def note(window: qtensor.Window, x: jax.Array, y: jax.Array) -> None:
+            shapes[path] = jax.eval_shape(partial(see, window), x, y)
+
+        return Observed(leaves[path], None, note)
+
+    jax.eval_shape(lambda: run(noted, paths))
+    stack = lambda path, one: jnp.zeros((*leaves[path].shape[: len(leaves[path].shape) % 2], *one.shape), one.dtype)  # noqa: E731
+    nothing = {path: jax.tree.map(partial(stack, path), shapes[path]) for path in paths}
+    return jax.grad(lambda found: run(lambda path: Observed(leaves[path], found[path], see), found))(nothing)
 
 
 def divisors(kernel: jax.Array, peak: jax.Array, alpha: float) -> jax.Array:
@@ -154,7 +179,7 @@ def divisors(kernel: jax.Array, peak: jax.Array, alpha: float) -> jax.Array:
 
 
 def _seen(kernel: Any) -> tuple[int, ...]:
-    """The shape of what `observe` sees of a kernel's inputs."""
+    """The shape of what `largest` sees of a kernel's inputs."""
     return (*kernel.shape[: len(kernel.shape) % 2], kernel.shape[-2])
 
 
@@ -174,17 +199,25 @@ def _each(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | Non
 
 
 _quantize = jax.jit(qtensor.quantize, static_argnums=(1, 2))
+_by_gptq = jax.jit(gptq.quantize, static_argnums=(2, 3))
 
 
-def _quantized(leaf: Any, scheme: Scheme, sizes: tuple[int, ...], peak: jax.Array | None) -> QTensor:
-    if isinstance(leaf, jax.Array):
-        return _quantize(leaf, scheme, sizes, peak)
-    if len(leaf.shape) % 2 == 0:
-        return _quantize(np.asarray(leaf), scheme, sizes, peak)
+def _quantized(
+    leaf: Any, scheme: Scheme, sizes: tuple[int, ...], peak: jax.Array | None, moment: jax.Array | None
+) -> QTensor:
+    def one(kernel: Any, peak: jax.Array | None, moment: jax.Array | None) -> QTensor:
+        kernel = kernel if isinstance(kernel, jax.Array) else np.asarray(kernel)
+        if moment is None:
+            return _quantize(kernel, scheme, sizes, peak)
+        return _by_gptq(kernel, moment, scheme, sizes, peak)
+
+    if len(leaf.shape) % 2 == 0 or (isinstance(leaf, jax.Array) and moment is None):
+        return one(leaf, peak, moment)
     # of what is in a file a layer at a time: all of a large model's are gigabytes
-    each = [None] * len(leaf) if peak is None else peak
-    made = (_quantize(np.asarray(leaf[i]), scheme, sizes, each[i]) for i in range(len(leaf)))
-    layers = [jax.tree.map(np.asarray, one) for one in made]
+    each = [[None] * len(leaf) if of is None else of for of in (peak, moment)]
+    layers = [
+        jax.tree.map(np.asarray, one(*row)) for row in zip((leaf[i] for i in range(len(leaf))), *each, strict=True)
+    ]
     return jax.tree.map(lambda *rows: np.stack(rows), *layers)
 
 

@@ -62,6 +62,12 @@ def write_page(runs: Sequence[Run], path: Path) -> Path:
             raise ValueError(f"{run.name} has neither metrics nor samples: is it a training run's workdir?")
     title = html.escape(", ".join(run.name for run in runs))
     body = "".join((*_speed(runs), *_score_tables(runs), *_figure(runs), *_grids(runs), _settings(runs)))
+    write_html(path, title, body)
+    return path
+
+
+def write_html(path: Path, title: str, body: str) -> None:
+    """Writes a page, at once. title: escaped."""
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1100px;color:#222}}img{{max-width:100%}}
 figure{{display:inline-block;margin:.5rem;max-width:340px}}figcaption{{text-align:center;color:#666}}
@@ -72,10 +78,10 @@ td,th{{padding:0 1rem 0 0;text-align:left;font-size:13px}}td{{font-family:ui-mon
     partial_path = path.with_suffix(".tmp")
     partial_path.write_text(page)
     partial_path.replace(path)
-    return path
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], marked: Sequence[bool] = ()) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], marked: Sequence[bool] = ()) -> str:
+    """Rows of anything as HTML; some marked."""
     cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)  # noqa: E731
     lines = [
         f"<tr{' class=differs' if i < len(marked) and marked[i] else ''}>{cells('td', row)}</tr>"
@@ -96,7 +102,7 @@ def _speed(runs: Sequence[Run]) -> Iterator[str]:
         if any(values):
             rows.append((title, *(f"{middle(found):.4g}" if found else "" for found in values)))
     if runs:
-        yield _table(("", *(run.name for run in runs)), rows)
+        yield table(("", *(run.name for run in runs)), rows)
 
 
 def _score_tables(runs: Sequence[Run]) -> Iterator[str]:
@@ -111,7 +117,7 @@ def _score_tables(runs: Sequence[Run]) -> Iterator[str]:
         cell = lambda value: "{:.4g} [{:.4g}, {:.4g}]".format(*value) if value else ""  # noqa: E731
         yield f"<h2>Scores</h2><p>{html.escape(title)}</p>"
         rows = [(name, line.get("step", ""), *(cell(line.get(metric)) for metric in metrics)) for name, line in lines]
-        yield _table(("run", "step", *metrics), rows)
+        yield table(("run", "step", *metrics), rows)
 
 
 def _grids(runs: Sequence[Run]) -> Iterator[str]:
@@ -139,15 +145,12 @@ def _settings(runs: Sequence[Run]) -> str:
     rows = [(key, *(str(run.config.get(key, "")) for run in runs)) for key in keys]
     rows.sort(key=lambda row: len(set(row[1:])) == 1)  # stable: else in the configs' order
     header = ("", *(run.name for run in runs))
-    table = _table(header, rows, [len(set(row[1:])) > 1 for row in rows])
-    return f"<details{' open' if len(runs) > 1 else ''}><summary>Configuration</summary>{table}</details>"
+    settings = table(header, rows, [len(set(row[1:])) > 1 for row in rows])
+    return f"<details{' open' if len(runs) > 1 else ''}><summary>Configuration</summary>{settings}</details>"
 
 
 def _figure(runs: Sequence[Run]) -> Iterator[str]:
     """Curves as one PNG: a panel a metric, the loss first; by noise-level quarter, if there are any, last for a single run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = {name for run in runs for record in run.records for name in record} - {"step", *SPEED}
     quarters = [name for name in QUARTERS if name in found]
     panels = [(name, [name]) for name in sorted(found - {*QUARTERS}, key=lambda name: (name != "loss", name))]
@@ -159,8 +162,7 @@ def _figure(runs: Sequence[Run]) -> Iterator[str]:
         return
     columns = 3
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 2.8 * rows)
     for i, (title, keys) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
         values = []
@@ -178,6 +180,21 @@ def _figure(runs: Sequence[Run]) -> Iterator[str]:
             axes.set_yscale("log")
         if len(keys) > 1 or (i == 0 and len(runs) > 1):
             axes.legend(fontsize=8)
+    yield picture(figure, "curves")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches, on no screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def picture(figure: Any, alt: str) -> str:
+    """A figure as HTML's img, whole in the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    yield _png(buffer.getvalue(), "curves")
+    return _png(buffer.getvalue(), alt)

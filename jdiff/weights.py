@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jdiff import qtensor, tree
 from jdiff.convolution import convolve
-from jdiff.qtensor import Observed, QTensor, Rounded
+from jdiff.qtensor import QTensor
 
 
 @partial(
@@ -59,12 +59,12 @@ class LoRAWeight:
         return self.w.dtype
 
 
-Weight: TypeAlias = jax.Array | QTensor | Rounded | Observed | LoRAWeight
+Weight: TypeAlias = jax.Array | qtensor.Kernel | LoRAWeight
 
 
 def is_weight(leaf: Any) -> bool:
     """Whether a node of a tree stands for an array."""
-    return isinstance(leaf, QTensor | Rounded | Observed | LoRAWeight)
+    return isinstance(leaf, qtensor.Kernel | LoRAWeight)
 
 
 def flatten(params: tree.Tree) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def dot(x: jax.Array, w: Weight) -> jax.Array:
     """`x (..., in) @ w (in, out)` in x's dtype."""
     if isinstance(w, LoRAWeight):
         return _adapted(dot, x, w)
-    if isinstance(w, QTensor | Rounded | Observed):
+    if isinstance(w, qtensor.Kernel):
         return qtensor.dot(x, w)
     return jnp.dot(x, w.astype(x.dtype))
 
@@ -102,7 +102,7 @@ def conv(x_BHWC: jax.Array, w: Weight, strides: Sequence[int] = (1, 1), padding:
     """NHWC convolution with an HWIO kernel, in x's dtype."""
     if isinstance(w, LoRAWeight):
         return _adapted(partial(conv, strides=strides, padding=padding), x_BHWC, w)
-    if isinstance(w, QTensor | Rounded | Observed):
+    if isinstance(w, qtensor.Kernel):
         return qtensor.conv(x_BHWC, w, strides, padding)
     return convolve(x_BHWC, w.astype(x_BHWC.dtype), strides, padding)
 

@@ -15,7 +15,7 @@ FLOORS = (
         {"tokens"},
         {"config"},
     ),
-    *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights"}),
+    *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights", "gptq"}),
     *({"qtensor"}, {"convolution", "tree"}, {"paths", "version"}),
 )
 """Top first. A module imports from floors below its own, a package also from itself."""

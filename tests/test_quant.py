@@ -237,6 +237,12 @@ def _by_qwix(module, params, inputs, rules):
 
 
 LAYERS = r"attn/(qkv|proj)|mlp/fc[12]"
+INT8 = {"weight_qtype": jnp.int8, "act_qtype": jnp.int8}
+UNET_RULES = [
+    qwix.QuantizationRule(module_path=r"conv_in|conv_out|time_embedding/.*"),
+    qwix.QuantizationRule(module_path=r".*/time_emb_proj", weight_qtype=jnp.int8),
+    qwix.QuantizationRule(module_path=r".*", op_names=("dot_general", "conv_general_dilated"), **INT8),
+]
 
 
 @pytest.mark.parametrize(
@@ -263,12 +269,48 @@ def test_a_unet_errs_as_qwix_does():
     with mock.patch("jdiff.qtensor._pointwise", lambda *_: False):
         quantized = quant.quantize(params, quant.RECIPES["w8a8"]["unet"])
         ours = jax.jit(lambda params: module.apply({"params": params}, *inputs))(quantized)
-    int8 = {"weight_qtype": jnp.int8, "act_qtype": jnp.int8}
-    theirs = [
-        qwix.QuantizationRule(module_path=r"conv_in|conv_out|time_embedding/.*"),
-        qwix.QuantizationRule(module_path=r".*/time_emb_proj", weight_qtype=jnp.int8),
-        qwix.QuantizationRule(module_path=r".*", op_names=("dot_general", "conv_general_dilated"), **int8),
-    ]
-    peer = _by_qwix(module, params, inputs, theirs)
+    peer = _by_qwix(module, params, inputs, UNET_RULES)
     np.testing.assert_allclose(_error(ours, exact), _error(peer, exact), rtol=0.1)
     assert _error(outputs["w8a8"], exact) < _error(ours, exact)
+
+
+@pytest.mark.slow
+def test_dit_xl_errs_as_qwix_does():
+    """All 28 blocks of DiT-XL/2 one after another, each with weights of its own."""
+    model = models.create("DiT-XL/2")
+    D, rng = model.width, np.random.default_rng(0)
+    block = dit.Block(model.heads, int(D * model.mlp_ratio))
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))  # noqa: E731
+    x, modulation = normal(1, 16, D), 0.5 * normal(1, 6 * D)
+    shapes = jax.eval_shape(block.init, jax.random.key(0), x, modulation)["params"]
+    rules = [qwix.QuantizationRule(module_path=LAYERS, **INT8)]
+    apply = jax.jit(lambda params, x: block.apply({"params": params}, x, modulation)[0])
+    theirs = qwix.quantize_model(block, qwix.PtqProvider(rules))
+    with mock.patch("jdiff.layers.weights.dot", _Plain.dot):
+        rounded = jax.eval_shape(theirs.init, jax.random.key(0), x, modulation)["params"]
+        by_qwix = jax.jit(lambda params, x: theirs.apply({"params": params}, x, modulation)[0])
+        by_qwix(qwix.quantize_params(jax.tree.map(jnp.zeros_like, shapes), rounded), x)
+    exact = ours = peer = x
+    for _ in range(model.depth):
+        params = jax.tree.map(lambda s: normal(*s.shape) / np.sqrt(s.shape[0]), shapes)
+        exact, ours = apply(params, exact), apply(quant.quantize(params, ((rf"({LAYERS})/kernel", "w8a8"),)), ours)
+        peer = by_qwix(qwix.quantize_params(params, rounded), peer)
+    assert _error(ours, exact) > 1e-3
+    np.testing.assert_allclose(_error(ours, exact), _error(peer, exact), rtol=0.1)
+
+
+@pytest.mark.slow
+def test_stable_diffusions_unet_errs_as_qwix_does():
+    """SD 1.5's widths and levels, as the small one above; a block a level and not two, so that it takes 5 GB of memory."""
+    module, rng = models.create("sd15/unet", layers_per_block=1), np.random.default_rng(0)
+    leaf = lambda s: jnp.asarray(rng.standard_normal(s.shape, np.float32) / np.sqrt(np.prod(s.shape[-2:-1])))  # noqa: E731
+    params = jax.tree.map(leaf, _shapes(module))
+    x, context = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((1, 8, 8, 4), (1, 7, 768)))
+    inputs = (x, jnp.asarray([300.0]), context)
+    apply = jax.jit(lambda params: module.apply({"params": params}, *inputs))
+    exact = np.asarray(apply(params))
+    with mock.patch("jdiff.qtensor._pointwise", lambda *_: False):
+        ours = np.asarray(apply(quant.quantize(params, quant.RECIPES["w8a8"]["unet"])))
+    jax.clear_caches()
+    peer = _by_qwix(module, params, inputs, UNET_RULES)
+    np.testing.assert_allclose(_error(ours, exact), _error(peer, exact), rtol=0.1)

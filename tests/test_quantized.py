@@ -115,6 +115,19 @@ def test_bytes(run, tmp_path):
         assert 0 <= there - quantized.size(opened.models) < 10_000
 
 
+@pytest.mark.slow
+def test_a_report_of_a_model_of_texts(commands, stable, tmp_path):
+    """By prompts of one's own; a copy cannot be its own measure."""
+    arguments = ("--recipe", "w8a8", "--num", 2, "--steps", 2)
+    failed = commands.run(TOOL, "report", stable, *arguments)
+    assert failed.returncode == 2 and "--prompt: the model in" in failed.stderr and len(failed.stderr.splitlines()) == 1
+    report = commands.run(TOOL, "report", stable, *arguments, "--prompt", "a red fox")
+    assert report.returncode == 0, report.stderr
+    rows = {line[:9]: line.split()[3:] for line in report.stdout.splitlines() if line[:1] == "0"}
+    assert len(rows) == 10 and all(0 < float(row[0]) < 1e-2 for row in rows.values())
+    assert report.stdout.count("PSNR, dB") == 2 and "all of them" in report.stdout
+
+
 def test_it_is_whole_or_not_there(run, tmp_path):
     opened = loading.quantized(loading.open_checkpoint(run), "w8")
     broken = mock.patch("jdiff.convert.tensors._compare", side_effect=convert.ConversionError("a broken disk"))
@@ -236,16 +249,29 @@ def test_the_tool(commands, run, tmp_path):
     assert made.returncode == 0 and "times smaller, read back and compared" in made.stdout, made.stderr
     sampled = commands.run("tools/sample.py", tmp_path / "copy", "--steps", 2, "--out", tmp_path / "grid.png")
     assert sampled.returncode == 0 and (tmp_path / "grid.png").exists(), sampled.stderr
-    report = commands.run(TOOL, "report", run, "--recipe", "w8a8", "--num", 4, "--steps", 2)
+    page = tmp_path / "page.html"
+    report = commands.run(TOOL, "report", run, "--recipe", "w8a8", "--num", 4, "--steps", 2, "--page", page)
     assert report.returncode == 0, report.stderr
     rows = {line[:9]: line.split()[3:] for line in report.stdout.splitlines() if line[:1] == "0"}
     assert len(rows) == 10 and all(0 < float(row[0]) < 1e-2 for row in rows.values())
+    assert "step 2" in report.stdout and "blocks/mlp/fc1 1" in report.stdout and "all of them" in page.read_text()
+    exported = commands.run(TOOL, "export", tmp_path / "copy", tmp_path / "golden")
+    assert exported.returncode == 0 and (tmp_path / "golden" / "index.json").exists(), exported.stderr
     for arguments, said in (
         ((run, "--recipe", "w8"), "DEST is missing"),
         ((run, tmp_path / "copy", "--recipe", "w8"), "copy exists"),
     ):
         failed = commands.run(TOOL, *arguments)
         assert failed.returncode == 2 and said in failed.stderr and len(failed.stderr.splitlines()) == 1
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize(("recipe", "more"), [("w8a8-static", ()), ("w8", ("--gptq",))])
+def test_a_copy_calibrated_on_data(commands, run, recipe, more, image_folder, tmp_path):
+    made = commands.run(TOOL, run, tmp_path / "copy", "--recipe", recipe, "--calibrate", image_folder, *more)
+    assert made.returncode == 0, made.stderr
+    exact, found = (jdiff.pipeline(path)(**LABELS) for path in (run, tmp_path / "copy"))
+    assert 0 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.1
 
 
 @pytest.mark.runs
@@ -266,9 +292,12 @@ def test_a_calibrated_copy(commands, run, class_config, tmp_path):
     train.fit(config, tmp_path / "adapters")
     with pytest.raises(ValueError, match="holds another dit than the adapters were trained on"):
         jdiff.pipeline(tmp_path / "copy", lora=[tmp_path / "adapters"])
+    (tmp_path / "empty").mkdir()
     for arguments, said in (
         (("w8", "--balance"), "--balance needs --calibrate"),
+        (("w4", "--gptq"), "--gptq needs --calibrate"),
         (("w8a8-static",), "needs --calibrate N"),
+        (("w8a8-static", "--calibrate", tmp_path / "empty"), "holds no pictures"),
     ):
         failed = commands.run(TOOL, run, tmp_path / "other", "--recipe", *arguments)
         assert failed.returncode == 2 and said in failed.stderr and len(failed.stderr.splitlines()) == 1
@@ -277,18 +306,20 @@ def test_a_calibrated_copy(commands, run, class_config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("DiT-XL/2", "dit"), ("sd15/unet", "unet")])
 def test_full_sizes(commands, name, kind, tmp_path):
-    """The copy's bytes, and the memory of a process that loads it, beside those of the original."""
+    """The copy's bytes, and the memory of a process that runs it, beside those of the original."""
     model, rng = models.create(name), np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())["params"]
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
     source, copy = tmp_path / "source.safetensors", tmp_path / "copy"
     convert.write(convert.from_models({kind: (model, params)}), source, "safetensors")
+    del params
     made = commands.run(TOOL, source, copy, "--recipe", "w8a8", timeout=900)
     assert made.returncode == 0, made.stderr
     files = [path.stat().st_size for path in (source, *copy.glob("*.safetensors"))]
     assert files[0] >= 3.8 * files[1]
     held = (
-        "import jdiff, re, sys; _, params = jdiff.load(sys.argv[1]); "
+        "import jax, jdiff, re, sys; model, params = jdiff.load(sys.argv[1]); "
+        "jax.block_until_ready(jax.jit(model.apply)({'params': params}, *model.dummy_inputs())); "
         "print(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
     memory = [int(commands.run("-c", held, path, timeout=900).stdout) for path in (source, copy)]

@@ -3,15 +3,18 @@
     python tools/quantize.py runs/a small/ --recipe w8a8      # a run, a diffusers folder, DiT's .pt, … -> a folder of jdiff's
     python tools/quantize.py runs/a --recipe w4 --dry-run     # what each rule does, and the bytes it saves; nothing is written
     python tools/quantize.py runs/a small/ --recipe w8a8-static --calibrate 16 --balance
-    python tools/quantize.py report runs/a --recipe w8a8 --recipe w4
+    python tools/quantize.py runs/a small/ --recipe w8a8-static --calibrate openmoji
+    python tools/quantize.py report runs/a --recipe w8a8 --recipe w4 --page int8.html
+    python tools/quantize.py export small/ golden/            # integers, and each product's inputs and outputs, for other runtimes
 
-The copy is sampled, loaded and adapted like any checkpoint (tools/sample.py small/). The report is of a model of classes: the
-relative squared error of the model's output by noise level, and the PSNR of pictures from the same noise, beside those of bfloat16
-and of another seed.
+The copy is sampled, loaded and adapted like any checkpoint (tools/sample.py small/). The report: the relative squared error of the
+model's output by noise level; how far pictures from the same noise drift apart, step by step, and their PSNR; what each kernel does
+when it alone is rounded; all beside bfloat16 and another seed. --calibrate takes a number of the model's own pictures, or a data
+set: openmoji[:train|heldout], a folder of pictures (with captions for a model of texts) or a cache of latents, or NAME:PATH with a
+config's data.name.
 """
 
 import argparse
-import copy
 import sys
 import time
 from dataclasses import replace
@@ -23,34 +26,51 @@ from tqdm import tqdm
 from jdiff import command
 
 RECIPES = ("w8a8", "w8a8-static", "w8", "w4")
+MOST_RECORDS = 64
+"""Of a data set that --calibrate names."""
+Look = tuple[Any, Any, Any]
+"""(the `Subject`, what its model is shown to be calibrated, the peaks of its activations)."""
 
 
 def main() -> int:
     """Parses, does it; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments = sys.argv[1:]
-    reports = arguments[:1] == ["report"]
-    parser.add_argument("src", help="a training run, or any checkpoint that tools/convert.py reads")
+    works = {"report": report, "export": export}
+    name = arguments[0] if arguments and arguments[0] in works else ""
+    parser.add_argument("src", help="a training run, or any checkpoint that tools/convert.py reads; to export, a copy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--prompt", action="append", help="of a model of texts (default: the run's own); may be given again"
+    )
+    if name == "export":
+        parser.add_argument("dest", type=Path, help="a folder that must not exist yet")
+        parser.add_argument("--num", type=int, default=2, help="rows of the batch")
+        return command.run("quantize.py", export, parser.parse_args(arguments[1:]))
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a run")
     parser.add_argument("--step", type=int, help="a run's checkpoint (default: the newest)")
     parser.add_argument("--steps", type=int, default=50, help="of the sampler, for a report and for calibration")
-    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance scale; 1 is none")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--guidance", type=float, help="classifier-free guidance scale; 1 is none (4 by label, 7.5 by prompt)"
+    )
     parser.add_argument(
         "--calibrate",
-        type=int,
-        metavar="N",
-        help="watch activations on N of the model's own pictures (w8a8-static needs it)",
+        metavar="N|DATA",
+        help="watch activations on N of the model's own pictures, or on a data set's (w8a8-static needs it)",
     )
     parser.add_argument("--balance", action="store_true", help="with --calibrate: even out channels, where that helps")
-    if reports:
+    parser.add_argument(
+        "--gptq", action="store_true", help="with --calibrate: round kernels by what their inputs are (w4)"
+    )
+    if name == "report":
         parser.add_argument("--recipe", choices=RECIPES, action="append", required=True, help="may be given again")
-        parser.add_argument("--num", type=int, default=40, help="pictures; labels go round through all classes")
+        parser.add_argument("--num", type=int, default=40, help="pictures; labels or prompts go round")
+        parser.add_argument("--page", type=Path, help="an HTML file for the tables and curves")
     else:
         parser.add_argument("dest", type=Path, nargs="?", help="a folder that must not exist yet")
         parser.add_argument("--recipe", choices=RECIPES, required=True)
         parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
-    return command.run("quantize.py", report if reports else quantize, parser.parse_args(arguments[reports:]))
+    return command.run("quantize.py", works.get(name, quantize), parser.parse_args(arguments[bool(name) :]))
 
 
 def quantize(options: argparse.Namespace) -> int:
@@ -64,17 +84,15 @@ def quantize(options: argparse.Namespace) -> int:
         raise ValueError("DEST is missing: the folder to write, or --dry-run")
     if options.dest is not None:
         export.vacant(options.dest)
-    runtime.prepare(runtime.cpu_devices(options.calibrate or 1, least=1))
-    opened = loading.open_checkpoint(loading.convert.locate(options.src), weights=options.weights, step=options.step)
+    runtime.prepare(runtime.cpu_devices(number(options) or (MOST_RECORDS if options.calibrate else 1), least=1))
+    opened = open_checkpoint(options)
     rules = quant.find_recipe(options.recipe)
     if options.dry_run:
         for name in (name for name in opened.models if name in rules):
             print(f"{name}:\n{quant.table(quant.describe(opened.models[name][1], rules[name]))}")
         return 0
     before = quantized.size(opened.models)
-    made = copy_of(
-        opened, options, options.recipe, seen(open_pipeline(options), options) if options.calibrate else None
-    )
+    made = copy_of(opened, options, options.recipe, seen(opened, options) if options.calibrate else None)
     after = quantized.size(made.models)
     with tqdm(total=after, unit="B", unit_scale=True, desc="writing", leave=False, delay=1) as bar:
         sums = loading.save_quantized(made, options.dest, lambda size: bar.update(size) and None)
@@ -87,76 +105,165 @@ def quantize(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace, recipes: list[str]) -> None:
     """ValueError for options that do not go together."""
-    command.check_above_zero(options, ("steps", "calibrate"))
-    if options.balance and not options.calibrate:
-        raise ValueError("--balance needs --calibrate N: how channels differ is seen on pictures")
+    command.check_above_zero(options, ("steps",))
+    if options.calibrate and number(options) == 0:
+        raise ValueError("--calibrate=0 must be above 0")
+    for name, why in (("balance", "how channels differ"), ("gptq", "what kernels' inputs are")):
+        if getattr(options, name) and not options.calibrate:
+            raise ValueError(f"--{name} needs --calibrate: {why} is seen on pictures")
     if "w8a8-static" in recipes and not options.calibrate:
         raise ValueError("--recipe w8a8-static needs --calibrate N: its steps are fixed by what is seen on pictures")
 
 
-def open_pipeline(options: argparse.Namespace, precision: str = "fp32") -> Any:
-    """The source's pipeline; ValueError for a model of texts."""
+def number(options: argparse.Namespace) -> int | None:
+    """How many of the model's own pictures it is calibrated on; None where it is a data set, or not at all."""
+    return int(options.calibrate) if options.calibrate and options.calibrate.isdecimal() else None
+
+
+def open_checkpoint(options: argparse.Namespace) -> Any:
+    """The source."""
     from jdiff import loading
+
+    return loading.open_checkpoint(loading.convert.locate(options.src), weights=options.weights, step=options.step)
+
+
+def open_pipeline(options: argparse.Namespace, precision: str = "fp32") -> Any:
+    """The source's pipeline."""
+    from jdiff import loading
+
+    return loading.pipeline(options.src, precision=precision, weights=options.weights, step=options.step)
+
+
+def asked(pipe: Any, opened: Any, options: argparse.Namespace, num: int) -> Any:
+    """The pipeline as a `Subject`, with labels or prompts that go round."""
+    from jdiff.evaluate.subject import Classes, Texts
     from jdiff.pipelines import ClassPipeline
 
-    pipe = loading.pipeline(options.src, precision=precision, weights=options.weights, step=options.step)
-    if not isinstance(pipe, ClassPipeline):
-        raise ValueError(f"{options.src} is a model of texts, and calibration and reports are of models of classes")
-    return pipe
+    if isinstance(pipe, ClassPipeline):
+        if options.prompt:
+            raise ValueError(f"--prompt: the model in {options.src} takes labels, not prompts")
+        return Classes(pipe, [i % pipe.model.num_classes for i in range(num)])
+    prompts = options.prompt or (opened.meta and opened.meta["config"]["sample"]["prompts"])
+    if not prompts:
+        raise ValueError(f"--prompt: the model in {options.src} takes texts, and has none of its own: give some")
+    return Texts(pipe, [prompts[i % len(prompts)] for i in range(num)])
 
 
-def seen(pipe: Any, options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """(a pipeline, what its model is shown to be calibrated, the peaks of its activations)."""
+def settings(opened: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """How pictures are made."""
+    guidance = {"dit": 4.0}.get(opened.main, 7.5) if options.guidance is None else options.guidance
+    return {"steps": options.steps, "guidance_scale": guidance}
+
+
+def seen(opened: Any, options: argparse.Namespace) -> Look:
+    """What calibration looks at."""
+    from jdiff import quant
     from jdiff.evaluate import calibration
 
-    labels = [i % pipe.model.num_classes for i in range(options.calibrate)]
-    # other pictures than a report's
-    settings = {"seed": options.seed + 1, "steps": options.steps, "guidance_scale": options.guidance}
-    batches = calibration.shown(pipe, labels, **settings)
-    return pipe, batches, calibration.peaks_of(pipe, batches)
+    pipe = open_pipeline(options)
+    recipe = options.recipe if isinstance(options.recipe, str) else options.recipe[0]
+    if (num := number(options)) is None:
+        subject, x_0 = calibration.of_data(pipe, open_data(pipe, options), MOST_RECORDS)
+    else:
+        subject = asked(pipe, opened, options, num)
+        # other pictures than a report's
+        x_0, _ = subject.samples(seed=options.seed + 1, **settings(opened, options))
+    batches = calibration.shown(subject, x_0, seed=options.seed + 1)
+    return subject, batches, calibration.peaks_of(subject, quant.find_recipe(recipe)[opened.main], batches)
 
 
-def copy_of(opened: Any, options: argparse.Namespace, recipe: str, look: tuple[Any, Any, Any] | None) -> Any:
+def open_data(pipe: Any, options: argparse.Namespace) -> Any:
+    """The data set that --calibrate names; DataError for one that is not there, or is empty."""
+    from jdiff.data import open_source
+    from jdiff.data.source import NAMES
+    from jdiff.pipelines import TextPipeline
+
+    texts = isinstance(pipe, TextPipeline)
+    size = pipe.geometry.default_size[0] if texts else pipe.model.image_size
+    name, _, rest = options.calibrate.partition(":")
+    if name not in NAMES:
+        name, rest = "captions" if texts else "imagefolder", options.calibrate
+        name = "latents" if (Path(rest) / "meta.json").is_file() else name
+    if name == "openmoji":
+        return open_source(name, image_size=size, split=rest or "all")
+    return open_source(name, path=rest, image_size=size)
+
+
+def copy_of(opened: Any, options: argparse.Namespace, recipe: str, look: Look | None) -> Any:
     """A checkpoint quantized, by what was `seen` where it was calibrated."""
     from jdiff import loading, quant
     from jdiff.evaluate import calibration
 
     if look is None:
         return loading.quantized(opened, recipe)
-    pipe, batches, peaks = look
-    if not options.balance:
-        return loading.quantized(opened, recipe, peaks=peaks)
-    params, peaks, alphas = calibration.balance(pipe, quant.find_recipe(recipe)["dit"], batches, peaks)
-    for path, alpha in alphas.items():
-        print(f"{path}: {'as it was' if alpha is None else f'balanced, alpha {alpha:g}'}")
-    module, _ = opened.models["dit"]
-    made = loading.quantized(replace(opened, models={**opened.models, "dit": (module, params)}), recipe, (), peaks)
-    return replace(made, quantized=replace(made.quantized, balanced=True))
+    subject, batches, peaks = look
+    rules = quant.find_recipe(recipe)[opened.main]
+    if options.balance:
+        if opened.main != "dit":
+            raise ValueError(f"--balance is for a DiT's channels, and {options.src} is a model of texts: leave it out")
+        params, peaks, alphas = calibration.balance(subject, rules, batches, peaks)
+        for path, alpha in alphas.items():
+            print(f"{path}: {'as it was' if alpha is None else f'balanced, alpha {alpha:g}'}")
+        opened = replace(opened, models={**opened.models, "dit": (subject.model, params)})
+        subject = subject.changed(params)
+    moments = calibration.moments_of(subject, rules, batches) if options.gptq else None
+    made = loading.quantized(opened, recipe, () if options.balance else None, peaks, moments)
+    return replace(made, quantized=replace(made.quantized, balanced=options.balance))
 
 
 def report(options: argparse.Namespace) -> int:
-    """Prints the table."""
+    """Prints the tables, and writes the page."""
     check(options, options.recipe)
     command.check_above_zero(options, ("num",))
-    from jdiff import loading, runtime
-    from jdiff.evaluate import rounding
-    from jdiff.pipelines.rows import place
+    from jdiff import quant, runtime
+    from jdiff.evaluate import rounding, rounding_page
 
     runtime.prepare(runtime.cpu_devices(options.num, least=1))
-    pipe = open_pipeline(options)
-    opened = loading.open_checkpoint(loading.convert.locate(options.src), weights=options.weights, step=options.step)
-    others, look = {}, seen(pipe, options) if options.calibrate else None
+    opened = open_checkpoint(options)
+    if opened.quantized is not None:
+        raise ValueError(f"{options.src} is quantized already: give what it was made of, and --recipe")
+    subject = asked(open_pipeline(options), opened, options, options.num)
+    others, look = {}, seen(opened, options) if options.calibrate else None
     for name in dict.fromkeys(options.recipe):
-        others[name] = copy.copy(pipe)
-        others[name].params = place(pipe.mesh, copy_of(opened, options, name, look).models["dit"][1])
-    others["bf16"] = open_pipeline(options, "bf16")
-    labels = [i % pipe.model.num_classes for i in range(options.num)]
-    settings = {"seed": options.seed, "steps": options.steps, "guidance_scale": options.guidance}
-    found = rounding.compare(pipe, others, labels, **settings)
-    print(
-        f"{options.num} pictures, {options.steps} steps of {pipe.sampler}, guidance {options.guidance:g}, seed {options.seed}"
-    )
-    print(rounding.table(found))
+        others[name] = subject.changed(copy_of(opened, options, name, look).models[opened.main][1])
+    bf16 = asked(open_pipeline(options, "bf16"), opened, options, options.num)
+    how = settings(opened, options)
+    found = rounding.compare(subject, {**others, "bf16": bf16}, samplers(subject, opened), seed=options.seed, **how)
+    title = f"{options.src}: {options.num} pictures, {options.steps} steps, guidance {how['guidance_scale']:g}, seed {options.seed}"
+    print(f"{title}\n{rounding.tables(found)}")
+    x_0, _ = subject.samples(seed=options.seed, **how)
+    alone = {}
+    for name in others:
+        rounded = others[name].params
+        if options.balance:  # whose kernels take other inputs than the original's
+            rounded = quant.quantize(subject.params, quant.find_recipe(name)[opened.main], peaks=look and look[2])
+        alone[name] = rounding.sensitivity(subject, rounded, {"bf16": bf16}, x_0, options.seed)
+        print(f"\n{name}\n{rounding.ranking(*alone[name])}")
+    if options.page:
+        rounding_page.write(options.page, title, found, alone)
+    return 0
+
+
+def samplers(subject: Any, opened: Any) -> list[str]:
+    """The run's own, and DDIM; of a flow Euler's method, which is DDIM's step there."""
+    own = subject.sampler
+    if opened.meta is not None and opened.main == "dit":
+        own = opened.meta["config"]["sample"]["sampler"]
+    other = subject.sampler if opened.main == "dit" else "ddim"
+    return list(dict.fromkeys((own, other)))
+
+
+def export(options: argparse.Namespace) -> int:
+    """Writes a copy's integers and its golden batch."""
+    command.check_above_zero(options, ("num",))
+    from jdiff import loading, runtime
+    from jdiff.evaluate import golden
+
+    runtime.prepare(1)
+    opened = loading.open_checkpoint(loading.convert.locate(options.src))
+    subject = asked(loading.pipeline(options.src), opened, options, options.num)
+    for name, digest in golden.write(options.dest, subject, options.seed).items():
+        print(f"  sha256 {digest}  {name}")
     return 0
 
 

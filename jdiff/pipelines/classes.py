@@ -13,10 +13,10 @@ from jdiff import diffusion, sharding
 from jdiff.diffusion.process import Process
 from jdiff.pipelines.loras import WithLoras
 from jdiff.pipelines.pictures import to_uint8
-from jdiff.pipelines.progress import Callback, Report
+from jdiff.pipelines.progress import Callback, Preview, Report
 from jdiff.pipelines.rows import gather, over, pinned, spread
 
-Preview = Callable[[np.ndarray], np.ndarray]
+Shown = Callable[[np.ndarray], np.ndarray]
 STATIC = ("guidance_scale", "guidance_channels", "guidance_rescale", "guidance_interval", "sampler", "steps")
 
 
@@ -35,7 +35,7 @@ class ClassPipeline(WithLoras):
         *,
         mesh: Mesh | None = None,
         class_names: Sequence[str] = (),
-        preview: Preview | None = None,
+        preview: Shown | None = None,
         loras: Sequence[tuple[str, float]] = (),
     ):
         self.loras = list(loras)
@@ -115,7 +115,8 @@ class ClassPipeline(WithLoras):
         report = Report(callback, callback_every, steps)
         for first, last in report.parts():
             x_BHWC = self._denoise(params, x_BHWC, inputs["label"], keys_B, first, last, **settings)
-            report(last, x_BHWC, lambda x=x_BHWC: self.pictures(gather(x)[: len(labels)]))
+            here = lambda x=x_BHWC: gather(x)[: len(labels)]  # noqa: E731
+            report(last, x_BHWC, Preview(lambda here=here: self.pictures(here()), here))
         return gather(x_BHWC)[: len(labels)]
 
     def many(self, labels: Sequence[int], batch_size: int, first: int = 0, **settings: Any) -> Iterator[np.ndarray]:

@@ -1,13 +1,26 @@
 """How far a pipeline's call is, told while it runs."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 
-Callback = Callable[[int, int, Callable[[], np.ndarray]], None]
-"""(steps done, steps in all, preview): preview() shows what there is, noise and all, as uint8 (B, H, W, 3); to be called before
-the callback returns. What it raises ends the call."""
+
+@dataclass(frozen=True)
+class Preview:
+    """What there is at a step, noise and all, to be asked for before the callback returns: `preview()` is uint8 (B, H, W, 3),
+    `preview.samples()` float32 (B, h, w, C), as the model has it."""
+
+    pictures: Callable[[], np.ndarray]
+    samples: Callable[[], np.ndarray]
+
+    def __call__(self) -> np.ndarray:
+        return self.pictures()
+
+
+Callback = Callable[[int, int, Preview], None]
+"""(steps done, steps in all, preview). What it raises ends the call."""
 
 
 class Report:
@@ -23,7 +36,7 @@ class Report:
         """(first, last) of each part between two reports."""
         return [(i, min(i + self.every, self.steps)) for i in range(0, self.steps, self.every)]
 
-    def __call__(self, done: int, x: jax.Array, preview: Callable[[], np.ndarray]) -> None:
+    def __call__(self, done: int, x: jax.Array, preview: Preview) -> None:
         """After `done` steps of a group have made x."""
         if self.callback is not None:
             jax.block_until_ready(x)  # else steps are reported as they are queued

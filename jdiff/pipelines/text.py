@@ -19,7 +19,7 @@ from jdiff.diffusion import Plan, Scheduler, schedulers
 from jdiff.models.vae import decode_tiled
 from jdiff.pipelines.loras import WithLoras
 from jdiff.pipelines.pictures import to_uint8
-from jdiff.pipelines.progress import Callback, Report
+from jdiff.pipelines.progress import Callback, Preview, Report
 from jdiff.pipelines.request import Geometry, Pictures, Request, make_request
 from jdiff.pipelines.rows import gather, in_slices, on_fewest, over, pinned, place, spread
 from jdiff.version import __version__
@@ -179,6 +179,26 @@ class TextPipeline(WithLoras):
             return [Image.fromarray(picture) for picture in to_uint8(result)]
         return result if output == "latent" else np.clip(result / 2.0 + 0.5, 0.0, 1.0)
 
+    def encode(self, prompts: Sequence[str]) -> np.ndarray:
+        """The text encoder's output for prompts, as the UNet takes it: (B, S, E), S as long as the longest takes."""
+        ids_BS, weights_BS = tokens.weighted(self.tokenizer, prompts)
+        words = spread(self.mesh, {"ids": ids_BS, "weights": weights_BS})
+        made = self._encode_text(self.params["text"], words["ids"], words["weights"], clip_skip=self.clip_skip)
+        return gather(made)[: len(ids_BS)]
+
+    def latents_of(self, images_BHWC: np.ndarray) -> np.ndarray:
+        """Pictures, uint8, as the UNet has them: the means of the autoencoder's posteriors, float32 (B, h, w, C)."""
+        B, H, W, _ = images_BHWC.shape
+        step = self.geometry.downscale
+        noise = np.zeros((B, H // step, W // step, self.geometry.channels), np.float32)
+        rows = spread(self.mesh, {"x": images_BHWC.astype(np.float32) / 127.5 - 1.0, "noise": noise})
+        return gather(self._encode_image(self.params["vae"], rows["x"], rows["noise"]))[:B]
+
+    def decode(self, x_BhwC: np.ndarray) -> np.ndarray:
+        """Latents as the UNet has them -> uint8 (B, H, W, 3)."""
+        rows = spread(self.mesh, {"x": x_BhwC})["x"]
+        return to_uint8(self._decode(self.params["vae"], rows)[: len(x_BhwC)])
+
     def facts(self, prompt: str | Sequence[str], **settings: Any) -> list[dict[str, Any]]:
         """What makes each picture of a call with these arguments, for a PNG's text; those of the output are not among them."""
         request = self._request(prompt, **settings)
@@ -242,11 +262,11 @@ class TextPipeline(WithLoras):
         for first, last in report.parts():
             x, carry = loop(x, carry, first, last)
 
-            def preview(x: jax.Array = x, i: int = last) -> np.ndarray:
+            def pictures(x: jax.Array = x, i: int = last) -> np.ndarray:
                 shown = x if i == plan.calls else plan.scale_input(x, i)
                 return to_uint8(self._decode(params["vae"], shown)[: len(rows)])
 
-            report(last, x, preview)
+            report(last, x, Preview(pictures, lambda x=x: gather(x)[: len(rows)]))
         if output == "latent":
             return gather(x)[: len(rows)]
         return self._decode(params["vae"], x)[: len(rows)]
