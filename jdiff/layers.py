@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jdiff import weights
+from jdiff import target, weights
 
 Initializer = Callable[..., Any]
 Dtype = Any
@@ -109,7 +109,7 @@ def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: b
     softmax between, over a chunk of the queries at a time where all scores at once would be large: memory grows with L + S,
     in the gradient too.
     """
-    if jax.default_backend() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16):
+    if target.platform() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16):
         return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, is_causal=causal)
     q_BNLK, k_BNSK, v_BNSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
     L, S = q_BLNK.shape[1], k_BSNK.shape[1]
@@ -301,7 +301,7 @@ def _group_mean(y_BC: jax.Array, groups: int) -> jax.Array:
 
 def _pixel_sum(y_BPC: jax.Array) -> jax.Array:
     """(B, C). XLA:CPU adds up a product's many wide rows at 0.4 GB/s (20 ms for 1024 x 960), but not as a product with ones."""
-    if jax.default_backend() != "cpu":
+    if target.platform() != "cpu":
         return y_BPC.sum(1)
     return jnp.einsum("BP,BPC->BC", jnp.ones(y_BPC.shape[:2], y_BPC.dtype), y_BPC)
 
