@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jdiff import target, weights
 
@@ -23,6 +24,19 @@ xavier_uniform = nn.initializers.xavier_uniform
 zeros = nn.initializers.zeros
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch's Linear and Conv2d start from, and so the UNet and the autoencoder."""
+
+
+def rows_apart(x: jax.Array) -> jax.Array:
+    """x with its leading axis over all devices of the ambient mesh (`jax.sharding.use_abstract_mesh`), if there is one and they
+    divide it; the same of its gradient.
+
+    Where parameters are split over devices that also share out the rows, the compiler may split every product's columns
+    instead, and then moves activations, which are many times as large as the parameters.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or x.ndim == 0 or x.shape[0] % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
 
 
 class Dense(nn.Module):
@@ -37,7 +51,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype or x.dtype)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = weights.dot(x, kernel)
+        y = rows_apart(weights.dot(rows_apart(x), kernel))
         if self.use_bias:
             y += self.param("bias", zeros, (self.features,), jnp.float32).astype(y.dtype)
         return y
@@ -59,7 +73,7 @@ class Conv(nn.Module):
         x_BHWC = x_BHWC.astype(self.dtype or x_BHWC.dtype)
         shape = (*self.kernel_size, x_BHWC.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        y = weights.conv(x_BHWC, kernel, self.strides, self.padding)
+        y = rows_apart(weights.conv(rows_apart(x_BHWC), kernel, self.strides, self.padding))
         if self.use_bias:
             y += self.param("bias", zeros, (self.features,), jnp.float32).astype(y.dtype)
         return y

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jdiff import checkpoint, data, optim, sharding, tree
+from jdiff import checkpoint, data, optim, sharding, target, tree
 from jdiff import config as configs
 from jdiff.evaluate.training import Scoring
 from jdiff.interrupt import Signals, Stopped
@@ -193,7 +193,7 @@ class Setup:
         """The jitted `train_step` of this config; the state that goes in is donated."""
         step = partial(
             train_step,
-            gradient=self.task.gradient,
+            gradient=self._gradient,
             tx=self.tx,
             ema=Ema(self.config.ema.decay, self.config.ema.warmup),
             seed=self.config.seed,
@@ -205,7 +205,13 @@ class Setup:
             in_shardings=(self.placed, sharding.batch_sharding(self.mesh)),
             out_shardings=(self.placed, sharding.replicated(self.mesh)),
             donate_argnums=0,
+            compiler_options=target.compiler_options(),
         )
+
+    def _gradient(self, *inputs: Any) -> Any:
+        """The task's, traced for this mesh: see `layers.rows_apart`."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return self.task.gradient(*inputs)
 
     def batches(self, start_step: int, workdir: Path) -> Any:
         """This process's rows of every global batch from `start_step` on."""
