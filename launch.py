@@ -6,6 +6,11 @@ A run resumes from its workdir; without --workdir it gets the next numbered fold
 be overridden, as --config.optim.lr=2e-4; `--config FILE --help` lists them. The exit code is 0 when the run is complete,
 2 for a mistake in the arguments or the data, 143 (SIGTERM) or 130 (Ctrl-C) when it was stopped and saved, 75 when another
 process of the run is lost, missing or has failed: docs/scale.md.
+
+    python launch.py --config configs/dit_xl2_imagenet256.py --plan v5e:16x16 [--search] [--plan-json FILE] [--config.KEY=VALUE ...]
+
+trains nothing: the step is compiled for that machine (v5e:4x4, v5p:4x4x4, cpu:1; of h100x8 there is arithmetic), and what it
+needs and would take is printed. Data that is not at hand is stood for by --config.data.name=noise --config.data.path=32x32x4:1000.
 """
 
 import argparse
@@ -41,6 +46,23 @@ def next_workdir(name: str) -> Path:
     return Path("runs") / f"{max(taken, default=0) + 1:03d}-{name}"
 
 
+def plan(config: Any, machine: str, search: bool, file: Path | None) -> int:
+    """Prints the config's plan for a machine; returns the exit code."""
+    from jdiff.plan import report, topology, training
+    from jdiff.plan.search import search as search_for
+
+    try:
+        topology.prepare(topology.parse(machine))
+        plans = search_for(config, machine) if search else [training.plan(config, machine)]
+    except (ValueError, OSError) as error:
+        print(f"launch.py: {error}", file=sys.stderr)
+        return 2
+    print("\n\n".join(map(report.describe, plans)))
+    if file is not None:
+        report.write_json(plans, file)
+    return 0
+
+
 def main() -> int:
     """Parses, checks, trains; returns the exit code."""
     from jdiff import command
@@ -51,6 +73,11 @@ def main() -> int:
     parser.add_argument("--config", metavar="FILE", help="an experiment, as configs/dit_s2.py")
     parser.add_argument("--workdir", metavar="DIR", type=Path, help="where the run is kept, and resumed from")
     command.add_process_options(parser)
+    parser.add_argument("--plan", metavar="MACHINE", help="only say what a step needs and takes there, as v5e:4x4")
+    parser.add_argument(
+        "--search", action="store_true", help="with --plan: also other meshes, and the largest batch that fits"
+    )
+    parser.add_argument("--plan-json", metavar="FILE", type=Path, help="with --plan: write it down, too")
     parser.add_argument("-h", "--help", action="store_true", help="show this, and the keys of --config FILE")
     options, rest = parser.parse_known_args()
 
@@ -68,6 +95,10 @@ def main() -> int:
         for key, text in parse_overrides(rest).items():
             configs.override(config, key, text)
         configs.check(config)
+        if options.plan is None and (options.search or options.plan_json):
+            raise ValueError("--search and --plan-json go with --plan MACHINE, as --plan v5e:4x4")
+        if options.plan is not None:
+            return plan(config, options.plan, options.search, options.plan_json)
 
         from jdiff import processes
 

@@ -36,8 +36,8 @@ def default(task: str = "class_to_image") -> Config:
         "keep": 3,  # checkpoints kept
         "max_refused": 10,  # consecutive steps refused for a non-finite loss or gradient before the run stops
         "data": {
-            "name": "openmoji",  # openmoji | captions | imagefolder | tfds | latents
-            "path": placeholder(str),  # a folder, or the TFDS name
+            "name": "openmoji",  # openmoji | captions | imagefolder | tfds | latents | noise
+            "path": placeholder(str),  # a folder, or the TFDS name; of noise its shape and classes, as 32x32x4:1000
             "only": placeholder(str),  # classes, by comma; None reads all
             "split": "all",  # of openmoji: all | train | heldout (a tenth)
             "image_size": 32,
@@ -238,7 +238,7 @@ TASKS = {
 """What can be trained, and the keys that only it has."""
 CHOICES = {
     "precision": ("fp32", "bf16"),
-    "data.name": ("openmoji", "captions", "imagefolder", "tfds", "latents"),
+    "data.name": ("openmoji", "captions", "imagefolder", "tfds", "latents", "noise"),
     "data.split": ("all", "train", "heldout"),
     "diffusion.kind": ("gaussian", "flow"),
     "diffusion.schedule": ("linear", "scaled_linear", "cosine"),

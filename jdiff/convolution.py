@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jdiff import target
+
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
 
 VERY_FEW_PIXELS, FEW_PIXELS, SOME_PIXELS, MANY_PIXELS = 256, 512, 1024, 2**14
@@ -32,7 +34,7 @@ def convolve(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x_BHWC.shape[1:3], kernel.shape[:2], strides, padding)
     pairs: Pairs = tuple((int(low), int(high)) for low, high in padding)
-    if jax.default_backend() != "cpu":
+    if target.platform() != "cpu":
         return _xla(x_BHWC, kernel, strides, pairs)
     if kernel.shape[:2] == strides == (1, 1) and pairs == ((0, 0), (0, 0)):
         return jnp.dot(x_BHWC, kernel[0, 0])
@@ -41,7 +43,7 @@ def convolve(
 
 def has_integers() -> bool:
     """Whether the backend convolves int8 to int32: XLA:GPU does not (jax#7637). XLA:CPU is quicker at it than in fp32."""
-    return jax.default_backend() in ("cpu", "tpu")
+    return target.platform() in ("cpu", "tpu")
 
 
 def _xla(x_BHWC: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pairs: Pairs) -> jax.Array:

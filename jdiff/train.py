@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jdiff import checkpoint, data, optim, sharding, tree
+from jdiff import checkpoint, data, optim, sharding, target, tree
 from jdiff import config as configs
 from jdiff.evaluate.training import Scoring
 from jdiff.interrupt import Signals, Stopped
@@ -148,14 +148,14 @@ def train_step(
 
 
 class Setup:
-    """What a config makes on this machine, all of it checked, nothing of it compiled yet.
+    """What a config makes on this machine, or on `devices` that it is compiled for, all of it checked, nothing of it compiled yet.
 
     Raises ValueError for a config or data set that cannot work.
     """
 
-    def __init__(self, config: configs.Config, workdir: Path | None = None):
+    def __init__(self, config: configs.Config, workdir: Path | None = None, devices: list[Any] | None = None):
         self.config = config
-        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         configs.check(config, sharding.row_devices(self.mesh))
         self.task = make_task(config, self.mesh, workdir)
         self.source = self.task.source
@@ -169,10 +169,15 @@ class Setup:
         self.placed = sharding.shardings(self.mesh, self.shapes)
 
     @property
+    def abstract(self) -> TrainState:
+        """The state as shapes with shardings."""
+        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+        return jax.tree.map(place, self.shapes, self.placed)
+
+    @property
     def target(self) -> dict[str, Any]:
         """The state's items as shapes with shardings, for a restore."""
-        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
-        return jax.tree.map(place, self.shapes, self.placed).items()
+        return self.abstract.items()
 
     def fresh_state(self) -> TrainState:
         """A state initialised from the seed and what the task is given, straight onto the mesh."""
@@ -201,6 +206,7 @@ class Setup:
             in_shardings=(self.placed, sharding.batch_sharding(self.mesh)),
             out_shardings=(self.placed, sharding.replicated(self.mesh)),
             donate_argnums=0,
+            compiler_options=target.compiler_options(),
         )
 
     def batches(self, start_step: int, workdir: Path) -> Any:

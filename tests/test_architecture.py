@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    *({"train"}, {"tasks"}, {"app", "evaluate"}, {"loading"}, {"pipelines"}, {"convert"}, {"checkpoint"}),
+    *({"plan"}, {"train"}, {"tasks"}, {"app", "evaluate"}, {"loading"}, {"pipelines"}, {"convert"}, {"checkpoint"}),
     *(
         {"report"},
         {"logbook", "meter", "interrupt", "runtime", "command", "processes"},
@@ -16,7 +16,7 @@ FLOORS = (
         {"config"},
     ),
     *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights", "gptq"}),
-    *({"qtensor"}, {"convolution", "tree"}, {"paths", "version"}),
+    *({"qtensor"}, {"convolution", "tree"}, {"paths", "target", "version"}),
 )
 """Top first. A module imports from floors below its own, a package also from itself."""
 LEVEL = {name: len(FLOORS) - i for i, floor in enumerate(FLOORS) for name in floor}

@@ -27,6 +27,7 @@ SMALL_CONFIGS = {
         *("--config.data.image_size=16", "--config.model.widths=8,16", "--config.batch_size=16"),
         *("--config.total_steps=4", "--config.log.tensorboard=false"),
     ),
+    "dit_xl2_imagenet256": ("--plan", "h100x8", *TINY, "--config.mesh.fsdp=8", "--config.data.path=8x8x4:10"),
     "vae_openmoji": (
         *("--config.vae.block_out_channels=8,16,16", "--config.vae.norm_num_groups=4", "--config.batch_size=8"),
         *("--config.gan.width=4", "--config.gan.start=2", "--config.heldout.count=8", "--config.total_steps=4"),

@@ -3,13 +3,15 @@
     python tools/bench.py dit [--batch 8] [--rounds 9] [--only train] [--memory] [--json FILE]
     python tools/bench.py sd [--batch 2] [--rounds 5] [--only unet,vae] [--memory]
     python tools/bench.py lora [--batch 2] [--rounds 5] [--only full,step] [--memory]
+    python tools/bench.py int8 [--batch 8] [--rounds 5] [--only w8a8,w8,tpu] [--memory]
     python tools/bench.py data [--source imagefolder --path FOLDER] [--batch 64] [--step-ms 100]
 
 Each case makes both sides from one set of random weights, asserts that they compute the same, warms both up, and then runs
 them in turn (A B A B ...), so that whatever else the machine does falls on both. One JSON line a case gives medians and
 minima in milliseconds and their ratios jdiff / peer: below 1 jdiff is the quicker. The peer on a CPU is PyTorch in eager
-mode with diffusers' own modules, schedulers and the fused AdamW. `others` is the share of the machine's processors that
-went to other processes meanwhile: above 0.05 the figures are no measurement, and a line says so.
+mode with diffusers' own modules, schedulers and the fused AdamW; of int8 it is jdiff itself in fp32, or bf16 by XLA:TPU's estimate.
+`others` is the share of the machine's processors that went
+to other processes meanwhile: above 0.05 the figures are no measurement, and a line says so.
 
 A case is a file in tools/benchmarks/, registered in `CASES`.
 """
@@ -24,16 +26,16 @@ import sys
 from collections.abc import Callable, Iterator
 
 import jax
-from benchmarks import data, dit, lora, sd
+from benchmarks import data, dit, int8, lora, sd
 from benchmarks.timing import Row
 
 from jdiff import runtime
 
 
 def _memory(row: Row) -> Row:
-    """Peak resident memory of each side, each in a process that runs it alone. Both have loaded both libraries."""
+    """Peak resident memory of each side, each in a process that runs it alone. A peer's have loaded both libraries."""
     only = row["case"].split()[1]
-    for side in ("jdiff", "torch"):
+    for side in (key.removesuffix("_ms") for key in list(row) if key.endswith("_ms") and not key.endswith("_min_ms")):
         command = [sys.executable, *sys.argv, "--only", only, "--side", side]
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         row[f"{side}_rss_mib"] = next(json.loads(x)["rss_mib"] for x in lines if "rss_mib" in x)
@@ -58,7 +60,18 @@ def machine() -> Row:
 
 def report(rows: list[Row]) -> None:
     """The rows as a small table."""
-    known = ("jdiff_ms", "torch_ms", "ratio", "ratio_min", "images_per_s", "quicker", "memory_share", "waits", "others")
+    known = (
+        "jdiff_ms",
+        "torch_ms",
+        "fp32_ms",
+        "ratio",
+        "ratio_min",
+        "images_per_s",
+        "quicker",
+        "memory_share",
+        "waits",
+        "others",
+    )
     columns = [key for key in known if any(key in row for row in rows)]
     print(" | ".join(["case".ljust(28), *(key.rjust(9) for key in columns)]))
     for row in rows:
@@ -71,6 +84,7 @@ CASES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "dit": dit.dit,
     "sd": sd.sd,
     "lora": lora.lora_steps,
+    "int8": int8.int8,
     "data": data.data,
 }
 
@@ -84,6 +98,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory too, each side in its own process")
     parser.add_argument("--only", default="", help="some of a case's parts, by comma")
     parser.add_argument("--model", default="DiT-S/2")
+    parser.add_argument("--tpu-model", default="DiT-XL/2", help="int8: what is compiled for a v5e, where libtpu is")
     parser.add_argument("--steps", type=int, default=10, help="dit: DDIM steps")
     parser.add_argument("--source", default="openmoji")
     parser.add_argument("--path", help="data: the source's folder")
@@ -94,13 +109,15 @@ def main() -> None:
     args = parser.parse_args()
     args.batch = args.batch or {"sd": 2, "lora": 2}.get(args.case, 8)
     # as launch.py and tools/sample.py do on a CPU
-    runtime.prepare(runtime.cpu_devices(args.batch, least=1 if args.case in ("sd", "lora") else runtime.LEAST_ROWS))
+    runtime.prepare(
+        runtime.cpu_devices(args.batch, least=1 if args.case in ("sd", "lora", "int8") else runtime.LEAST_ROWS)
+    )
     rows = []
     lines = [machine()] if not args.side else []
     for line in lines:
         print(json.dumps(line), flush=True)
     for row in CASES[args.case](args):
-        rows.append(_memory(row) if args.memory and "torch_ms" in row else row)
+        rows.append(_memory(row) if args.memory and "ratio" in row else row)
         lines.append(rows[-1])
         print(json.dumps(rows[-1]), flush=True)
     if args.json:

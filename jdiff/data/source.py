@@ -64,7 +64,7 @@ class Captioned(Source, Protocol):
         ...
 
 
-NAMES = ("captions", "openmoji", "imagefolder", "tfds", "latents")
+NAMES = ("captions", "openmoji", "imagefolder", "tfds", "latents", "noise")
 
 
 def open_source(
@@ -78,7 +78,7 @@ def open_source(
     prompt: str | None = None,
     only: str | None = None,
 ) -> Source:
-    """captions | openmoji | imagefolder | tfds | latents, by name; DataError when there is nothing to read at `path`.
+    """captions | openmoji | imagefolder | tfds | latents | noise, by name; DataError when there is nothing to read at `path`.
 
     split: of openmoji, all | train | heldout. buckets: sizes (`buckets.make_sizes`), for captions and imagefolder.
     random_crop, prompt: for captions. only: the classes that are read, by comma. An option that the source has not is an error.
@@ -116,6 +116,10 @@ def open_source(
         from jdiff.data.tfds import Tfds
 
         return Tfds(path, image_size)
+    if name == "noise":
+        from jdiff.data.noise import Noise
+
+        return Noise(path)
     from jdiff.data.latents import Latents
 
     return Latents(path)

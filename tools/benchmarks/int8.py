@@ -1,0 +1,84 @@
+"""A guided DDIM step of a DiT in floats and in integers: on this machine, and by XLA:TPU's estimate on a v5e."""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jdiff
+from benchmarks.devices import over_devices
+from benchmarks.dit import random_params
+from benchmarks.timing import Row, alone, alternate, close
+from jdiff import quant
+from jdiff.plan import sampling, topology
+
+MACHINE = "v5e:1x1"
+TOLERANCES = {"w8a8": 0.05, "w8": 0.03}
+"""Of a step's result from fp32's, by its largest value: a mistake in a scale is far beyond."""
+
+
+def int8(args: argparse.Namespace) -> Iterator[Row]:
+    """Rows of times here, a recipe each, fp32 being the peer; then one of estimated cycles, where libtpu is."""
+    asked = args.only.split(",") if args.only else [*TOLERANCES, "tpu"]
+    if recipes := [name for name in TOLERANCES if name in asked]:
+        yield from _here(args, recipes)
+    if "tpu" in asked:
+        yield _estimate(args)
+
+
+def _here(args: argparse.Namespace, recipes: list[str]) -> Iterator[Row]:
+    model = jdiff.create(args.model, dtype=jnp.float32)
+    plain = random_params(model)
+    rng = np.random.default_rng(1)
+    shape = (args.batch, model.image_size, model.image_size, model.channels)
+    x, y = rng.normal(size=shape).astype(np.float32), rng.integers(0, model.num_classes, args.batch).astype(np.int32)
+    step = jax.jit(partial(sampling.ddim_step, model))
+
+    def side(params: Any) -> Any:
+        params, rows = over_devices(params, x, y)
+        return lambda: step(params, *rows).block_until_ready()
+
+    made = {"fp32": plain, **{name: quant.quantize(plain, quant.find_recipe(name)["dit"]) for name in recipes}}
+    if args.side:
+        yield {"case": f"int8 {args.side}"} | alone(side(made[args.side]))
+        return
+    sides = {name: side(params) for name, params in made.items()}
+    for name in recipes:
+        error = close(name, sides[name](), sides["fp32"](), TOLERANCES[name])
+        row = {"case": f"{args.model} {name} step b{args.batch}", "error": error}
+        row |= alternate({name: sides[name], "fp32": sides["fp32"]}, args.rounds)
+        for each in (name, "fp32"):
+            row[f"{each}_params_mb"] = round(quant.size(made[each]) / 1e6, 1)
+            compiled = sampling.compile_step(model, None if each == "fp32" else each, args.batch, "cpu:1")
+            row[f"{each}_scratch_mb"] = round(compiled.temporary / 1e6, 1)
+        yield row
+
+
+def _estimate(args: argparse.Namespace) -> Row:
+    """bf16 beside w8a8, both with guidance, of one chip."""
+    row: Row = {"case": f"{args.tpu_model} tpu {MACHINE} b{args.batch}"}
+    model = jdiff.create(args.tpu_model, dtype=jnp.bfloat16)
+    try:
+        sides = {
+            name: sampling.compile_step(model, recipe, args.batch, MACHINE, jnp.bfloat16)
+            for name, recipe in (("bf16", None), ("w8a8", "w8a8"))
+        }
+    except ValueError as error:
+        return row | {"skipped": str(error)}
+    chip = topology.parse(MACHINE).chip
+    assert chip.peak is not None and chip.flops_per_cycle is not None
+    for name, made in sides.items():
+        row[f"{name}_cycles"] = made.program.cycles
+        row[f"{name}_estimated_ms"] = round(made.program.cycles * chip.flops_per_cycle / chip.peak * 1e3, 2)
+        row[f"{name}_share_estimated"] = round(made.program.share_estimated, 3)
+        row[f"{name}_params_mb"] = round(made.params / 1e6, 1)
+    integers = sides["w8a8"].program.products["s8", "s8", "s32"]
+    return row | {
+        "integer_products": integers,
+        "estimated_speedup": round(sides["bf16"].program.cycles / sides["w8a8"].program.cycles, 3),
+        "hottest": [(made.cycles, made.instruction.source[-60:]) for made in sides["w8a8"].program.hottest(8)],
+    }
