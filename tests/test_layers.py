@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jdiff import layers
+from jdiff import layers, target
 
 
 def qkv(L, S, B=2, N=3, K=8):
@@ -22,11 +22,12 @@ def torch_attention(q, k, v, causal=False):
     return [x.detach().transpose(1, 2).numpy() for x in (out, *(leaf.grad for leaf in leaves))]
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize(
     ("L", "S", "causal", "most"),
     [(7, 7, False, 2**20), (7, 7, True, 2**20), (50, 33, False, 200), (64, 64, False, 1024), (5, 1000, False, 1000)],
 )
-def test_attention_and_its_gradient_equal_pytorch(monkeypatch, L, S, causal, most):
+def test_attention_and_its_gradient_equal_pytorch(monkeypatch, L, S, causal, most, platform):
     monkeypatch.setattr(layers, "MOST_SCORES", most)
     inputs = qkv(L, S)
 
@@ -34,7 +35,8 @@ def test_attention_and_its_gradient_equal_pytorch(monkeypatch, L, S, causal, mos
         out = layers.attention(q, k, v, causal)
         return (out * jnp.cos(out)).sum(), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))(*inputs)
+    with target.compiling_for(platform):
+        (_, out), gradients = jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))(*inputs)
     for found, expected in zip((out, *gradients), torch_attention(*inputs, causal), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdiff import diffusion, quant, sharding, target
+from jdiff import diffusion, quant, sharding, target, tree
 from jdiff.plan import topology
 from jdiff.plan.program import Program
 
@@ -37,7 +37,11 @@ def stored(model: Any, recipe: str | None, dtype: Any = None) -> Any:
     cast = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)  # noqa: E731
     if recipe is None:
         return jax.tree.map(cast, shapes)
-    made = jax.eval_shape(lambda params: quant.quantize(params, quant.find_recipe(recipe)["dit"]), shapes)
+    kernels = {path: leaf for path, leaf in tree.flatten(shapes).items() if path.endswith("kernel")}
+    seen = lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[: len(leaf.shape) % 2], leaf.shape[-2]), jnp.float32)  # noqa: E731
+    peaks = {path: seen(leaf) for path, leaf in kernels.items()}  # what calibration would have seen
+    rules = quant.find_recipe(recipe)["dit"]
+    made = jax.eval_shape(lambda params, peaks: quant.quantize(params, rules, peaks=peaks), shapes, peaks)
     # scales stay as they are
     keep = lambda leaf: leaf if isinstance(leaf, quant.QTensor) else cast(leaf)  # noqa: E731
     return jax.tree.map(keep, made, is_leaf=lambda leaf: isinstance(leaf, quant.QTensor))
