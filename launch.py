@@ -124,7 +124,7 @@ def train(config: Any, options: argparse.Namespace, peers: "Peers") -> int:
     runtime.prepare(runtime.cpu_devices(rows, **config.mesh, processes=peers.count))
     if peers.count > 1:
         code = {"git revision": checkpoint.git_revision(), "devices": jax.local_device_count()}
-        peers.agree("config", {**configs.flat(config.to_dict()), **code})
+        peers.agree({**configs.flat(config.to_dict()), **code})
     level = logging.INFO if peers.index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", force=True)
     try:

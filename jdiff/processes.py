@@ -33,8 +33,9 @@ BEAT = 1.0
 GRACE = 5.0
 """Seconds in which a process may say itself what is wrong, before it ends for another one's failure."""
 
+LEAST_THREADS = 32
+"""Of XLA:CPU's pool, whose size it takes from NPROC."""
 PROGRAM = Path(sys.argv[0]).name
-THE_END = "end"
 Message = dict[str, Any]
 
 
@@ -43,15 +44,25 @@ class Peers:
 
     def __init__(self, index: int = 0, count: int = 1, link: "Link | None" = None):
         self.index, self.count, self._link = index, count, link
+        self._agreements = 0
 
-    def agree(self, what: str, facts: Mapping[str, Any]) -> None:
+    def agree(self, facts: Mapping[str, Any] | None = None, end: bool = False) -> None:
         """Waits until every process has come here, and ends them all (exit code 2) where their facts differ.
 
-        what: a name that tells this check from others; facts: anything that JSON can hold.
+        facts: anything that JSON can hold. end: it is the last agreement, after which none is missed.
         """
         if self._link:
-            self._link.send(agree=what, facts=json.loads(json.dumps(facts)))
-            self._link.wait_for(lambda link: what in link.agreed)
+            self._agreements += 1
+            number = self._agreements
+            self._link.send(agree=number, facts=json.loads(json.dumps(facts or {})), end=end)
+            self._link.wait_for(lambda link: link.agreed >= number)
+
+    def compile(self, jitted: Any, *args: Any) -> None:
+        """Compiles what is called next with these arguments, and waits until all processes have: collectives of CPUs give up on
+        one that comes half a minute late. A process by itself compiles in the call."""
+        if self._link:
+            jitted.lower(*args).compile()
+            self.agree()
 
     def stop(self, caught: int | None, step: int) -> int | None:
         """The signal by which the run ends after this step, which has been started: the same one on every process.
@@ -71,7 +82,7 @@ class Peers:
         try:
             code = work()
             if self._link:
-                self.agree(THE_END, {})
+                self.agree(end=True)
                 jax.distributed.shutdown()
             return code
         except (ValueError, OSError, FloatingPointError) as error:
@@ -121,6 +132,10 @@ def join(options: argparse.Namespace) -> Peers:
     link = Link("127.0.0.1" if index == 0 else host.strip("[]"), int(port), index, count, options)
     link.wait_for(lambda link: link.jax_port is not None)
     assert link.jax_port is not None
+    # XLA:CPU's collectives between processes block threads of a pool of one a core, and with several devices a process those run
+    # out, all waiting for each other; nor may two programs in flight meet another process's in the other order
+    os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, LEAST_THREADS)))
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # JAX's own limits are further away than ours, so that they never come first
     patience = int(10 * max(options.start_limit, options.lost_after))
     jax.distributed.initialize(
@@ -134,7 +149,7 @@ def join(options: argparse.Namespace) -> Peers:
     )
     peers = Peers(index, count, link)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "orbax-checkpoint")}
-    peers.agree("software", {**versions, "jdiff": __version__, "python": platform.python_version()})
+    peers.agree({**versions, "jdiff": __version__, "python": platform.python_version()})
     return peers
 
 
@@ -172,7 +187,7 @@ class Link:
     def __init__(self, host: str, port: int, index: int, count: int, options: argparse.Namespace):
         self.host, self.index, self.lost_after = host, index, options.lost_after
         self.changed = threading.Condition()
-        self.agreed: set[str] = set()
+        self.agreed = 0
         self.jax_port: int | None = None
         self.all_ended = self.ended = False
         self.started: int | None = None
@@ -246,8 +261,8 @@ class Link:
             with self.changed:
                 self.jax_port = message.get("jax_port", self.jax_port)
                 self.all_ended |= "all_ended" in message
-                self.agreed |= {message["agreed"]} if "agreed" in message else set()
-                self.ended |= THE_END in self.agreed
+                self.agreed = message.get("agreed", self.agreed)
+                self.ended |= message.get("end", False)
                 if "hold" in message:
                     self.held, self.signal = True, message["hold"]
                     if self.started is not None:
@@ -276,7 +291,7 @@ class Door:
         self.names: dict[int, str] = {}
         self.heard: dict[int, float] = {}
         self.ended: set[int] = set()
-        self.facts: dict[str, dict[int, Message]] = collections.defaultdict(dict)
+        self.facts: dict[int, dict[int, Message]] = collections.defaultdict(dict)
         self.at: dict[int, int] = {}
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
@@ -325,14 +340,15 @@ class Door:
 
     def _take(self, index: int, message: Message) -> None:
         if "agree" in message:
-            what, votes = message["agree"], self.facts[message["agree"]]
-            votes[index] = message["facts"]
-            if len(votes) == self.count:
+            number = message["agree"]
+            self.facts[number][index] = message["facts"]
+            if len(self.facts[number]) == self.count:
+                votes = self.facts.pop(number)
                 if line := difference(votes, self.names):
                     self._judge(line, 2)
-                if what == THE_END:
+                if message["end"]:
                     self.ended = set(votes)
-                self._tell(agreed=what)
+                self._tell(agreed=number, end=message["end"])
         if "stop" in message:
             self._tell(hold=message["stop"])
         if "at" in message:

@@ -153,8 +153,14 @@ class Setup:
     Raises ValueError for a config or data set that cannot work.
     """
 
-    def __init__(self, config: configs.Config, workdir: Path | None = None, devices: list[Any] | None = None):
-        self.config = config
+    def __init__(
+        self,
+        config: configs.Config,
+        workdir: Path | None = None,
+        devices: list[Any] | None = None,
+        peers: Peers | None = None,
+    ):
+        self.config, self.peers = config, peers or Peers()
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
         configs.check(config, sharding.row_devices(self.mesh))
         self.task = make_task(config, self.mesh, workdir)
@@ -183,7 +189,9 @@ class Setup:
         """A state initialised from the seed and what the task is given, straight onto the mesh."""
         given = self.task.given()
         given = sharding.put_all(given, sharding.shardings(self.mesh, given))
-        return jax.jit(self.init, out_shardings=self.placed)(jax.random.key(self.config.seed), given)
+        init, key = jax.jit(self.init, out_shardings=self.placed), jax.random.key(self.config.seed)
+        self.peers.compile(init, key, given)
+        return init(key, given)
 
     def base(self) -> Any:
         """The state's leaves that no checkpoint holds, from where they came from."""
@@ -363,9 +371,9 @@ def fit(config: configs.Config, workdir: Path, peers: Peers | None = None) -> Pa
     save, FloatingPointError after config.max_refused refused steps in a row.
     """
     peers = peers or Peers()
-    setup = Setup(config, workdir)
+    setup = Setup(config, workdir, peers=peers)
     listing = {"data": setup.source.fingerprint, "records": len(setup.source)}
-    peers.agree("data", {**listing, "checkpoints in the workdir": checkpoint.steps(workdir)})
+    peers.agree({**listing, "checkpoints in the workdir": checkpoint.steps(workdir)})
     with Signals() as signals, checkpoint.Checkpoints(workdir, config.keep) as checkpoints:
         state, window = resume(setup, checkpoints)
         start = int(state.step)
@@ -385,6 +393,8 @@ def fit(config: configs.Config, workdir: Path, peers: Peers | None = None) -> Pa
                 if step == start + 1:
                     book.bar.set_description("compiling")
                 with run.meter.paused() if step == start + 1 else contextlib.nullcontext():
+                    if step == start + 1:
+                        peers.compile(setup.step, run.state, batch)
                     run.state, metrics = setup.step(run.state, batch)
                 book.bar.set_description(None, refresh=False)
                 if pending is not None:

@@ -133,7 +133,7 @@ def make(options: argparse.Namespace, peers: "Peers") -> int:
     rows = count if options.guidance == 1 else 2 * count
     runtime.prepare(runtime.cpu_devices(rows, least=1, processes=peers.count))
     asked = {key: value for key, value in vars(options).items() if key not in PLACES}
-    peers.agree("options", {key: str(value) for key, value in asked.items()})
+    peers.agree({key: str(value) for key, value in asked.items()})
     loras = [split_scale(text) for text in options.lora]
     pipe = jdiff.pipeline(options.run, weights=options.weights, step=options.step, lora=loras)
     by_prompt = isinstance(pipe, TextPipeline)
@@ -156,7 +156,7 @@ def make(options: argparse.Namespace, peers: "Peers") -> int:
             "files": files,
         }
         parts = KeptPictures(options.npz.with_name(options.npz.name + ".parts"), identity)
-        peers.agree("pictures", {"pictures in the folder": parts.done})
+        peers.agree({"pictures in the folder": parts.done})
         if parts.done and peers.index == 0:
             print(f"{parts.done} pictures are in {parts.place} already")
         for pictures_BHWC in made(parts.done):
