@@ -29,7 +29,7 @@ def saved_bytes(setup: train.Setup, batch: dict[str, Any]) -> int:
 
     jaxpr = jax.make_jaxpr(backward)(state.params, tree.merge(state.frozen, state.base), batch, keys).jaxpr
     given = {id(var) for var in jaxpr.invars}
-    kept = {id(var): var.aval for var in jaxpr.outvars if isinstance(var, Var) and id(var) not in given}
+    kept: dict[int, Any] = {id(var): var.aval for var in jaxpr.outvars if isinstance(var, Var) and id(var) not in given}
     return sum(math.prod(aval.shape) * np.dtype(aval.dtype).itemsize for aval in kept.values())
 
 
