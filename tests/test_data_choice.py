@@ -64,3 +64,20 @@ def test_a_prior_takes_every_other_turn(folders):
         assert record["weight"] == (1.0, 0.5)[kind] and record["image"][0, 0, 2 * kind] > 100
     batch = next(iter(data.batches(both, batch_size=4, seed=0)))
     assert batch["weight"].dtype == np.float32 and batch["weight"].shape == (4,)
+
+
+@pytest.mark.parametrize(("path", "kind", "classes"), [("8x4x4:10", "latent", 10), ("8x4x3", "image", 1)])
+def test_noise_stands_for_data(path, kind, classes):
+    source = data.open_source("noise", path=path)
+    record = source.read(classes + 2, False, np.random.default_rng(0))
+    again = source.read(classes + 2, False, np.random.default_rng(0))
+    assert source.shape == record[kind].shape and source.kind == kind and source.num_classes == classes
+    assert record["label"] == (classes + 2) % classes and source.texts(0) == [record["caption"]]
+    np.testing.assert_array_equal(record[kind], again[kind])
+    assert record[kind].dtype == (np.uint8 if kind == "image" else np.float32)
+
+
+@pytest.mark.parametrize("path", ["8x8", "8x0x3", "8x8x4:0", "FOLDER"])
+def test_noise_of_no_shape_is_one_line(path):
+    with pytest.raises(data.DataError, match=r"HEIGHTxWIDTHxCHANNELS:CLASSES"):
+        data.open_source("noise", path=path)

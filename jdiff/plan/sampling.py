@@ -58,7 +58,7 @@ def compile_step(model: Any, recipe: str | None, batch: int, machine: str, dtype
     start = time.perf_counter()
     with target.compiling_for(where.platform):
         step = jax.jit(partial(ddim_step, model))
-        compiled = step.lower(*jax.tree.map(put, (params, *rows))).compile()
+        compiled: Any = step.lower(*jax.tree.map(put, (params, *rows))).compile()
     seconds = time.perf_counter() - start
-    stats: Any = compiled.memory_analysis()
-    return Step(Program(compiled.as_text() or ""), quant.size(params), stats.temp_size_in_bytes, seconds)
+    stats = compiled.memory_analysis()
+    return Step(Program(compiled.as_text()), quant.size(params), stats.temp_size_in_bytes, seconds)
