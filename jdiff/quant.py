@@ -104,13 +104,15 @@ def quantize(
     rules: Rules,
     parts: Mapping[str, tuple[int, ...]] | None = None,
     peaks: Mapping[str, jax.Array] | None = None,
+    scales: Mapping[str, jax.Array] | None = None,
     done: Callable[[Any], None] = lambda _: None,
 ) -> Tree:
     """The tree with its kernels as `QTensor`s, one after another; kernels inside adapters too. Errors as `choose`'s.
 
     params: a model's, arrays of jax or numpy, or what makes one in `np.asarray`; or their shapes, under `jax.eval_shape`.
     parts: the lengths of a kernel's input axis that have scales of their own, by path (`UNet.concatenated`). peaks: what
-    `observe` has seen, which static schemes need. done: called with each kernel that has been rounded.
+    `observe` has seen, which static schemes need. scales: learned, by path (`first_scales`), for all kernels. done: called with
+    each kernel that has been rounded.
     """
 
     def rounded(path: str, leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> QTensor:
@@ -118,16 +120,54 @@ def quantize(
             raise ValueError(
                 f"quantize: {path} takes a static step, which is made of what was seen of its inputs: calibrate (tools/quantize.py)"
             )
-        made = _quantized(leaf, scheme, sizes, (peaks or {}).get(path) if scheme.static else None)
+        peak = (peaks or {}).get(path) if scheme.static else None
+        made = _quantized(leaf, scheme, sizes, peak, _learned(scales, path, leaf))
         done(leaf)
         return made
 
     return _each(params, rules, parts, rounded)
 
 
-def train(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | None = None) -> Tree:
-    """The tree with its kernels as `Rounded`: int8 forward, the float kernels' gradient. Arguments and errors as `quantize`'s."""
-    return _each(params, rules, parts, lambda _, leaf, scheme, sizes: Rounded(leaf, scheme, sizes))
+def train(
+    params: Tree,
+    rules: Rules,
+    parts: Mapping[str, tuple[int, ...]] | None = None,
+    scales: Mapping[str, jax.Array] | None = None,
+) -> Tree:
+    """The tree with its kernels as `Rounded`: int8 forward, the gradient of float kernels, and of the scales where there are some.
+    Arguments and errors as `quantize`'s."""
+
+    def rounded(path: str, leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> Rounded:
+        if scheme.static:
+            raise ValueError(f"quantize: {path} would have a static step, which is not trained: use w8a8")
+        return Rounded(leaf, scheme, sizes, _learned(scales, path, leaf))
+
+    return _each(params, rules, parts, rounded)
+
+
+def first_scales(
+    params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, jax.Array]:
+    """LSQ's scales of all kernels that the rules round, by path, as they start: see `qtensor.first_scale`. Errors as `choose`'s."""
+    found: dict[str, jax.Array] = {}
+
+    def look(path: str, leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> Any:
+        found[path] = qtensor.first_scale(leaf, scheme, sizes)
+        return leaf
+
+    _each(params, rules, parts, look)
+    return found
+
+
+def _learned(scales: Mapping[str, jax.Array] | None, path: str, leaf: Any) -> jax.Array | None:
+    """A kernel's own of some learned scales. ValueError when they are another model's."""
+    if scales is None:
+        return None
+    if path not in scales or scales[path].shape[-1] != leaf.shape[-1]:
+        raise ValueError(
+            f"quantize: there are no learned scales for {path} {tuple(leaf.shape)}: they are another model's"
+        )
+    return scales[path]
 
 
 def observe(apply: Callable[[Tree], jax.Array], params: Tree, paths: Iterable[str]) -> dict[str, jax.Array]:
@@ -176,14 +216,18 @@ def _each(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | Non
 _quantize = jax.jit(qtensor.quantize, static_argnums=(1, 2))
 
 
-def _quantized(leaf: Any, scheme: Scheme, sizes: tuple[int, ...], peak: jax.Array | None) -> QTensor:
+def _quantized(
+    leaf: Any, scheme: Scheme, sizes: tuple[int, ...], peak: jax.Array | None, scale: jax.Array | None
+) -> QTensor:
     if isinstance(leaf, jax.Array):
-        return _quantize(leaf, scheme, sizes, peak)
+        return _quantize(leaf, scheme, sizes, peak, scale)
     if len(leaf.shape) % 2 == 0:
-        return _quantize(np.asarray(leaf), scheme, sizes, peak)
+        return _quantize(np.asarray(leaf), scheme, sizes, peak, scale)
     # of what is in a file a layer at a time: all of a large model's are gigabytes
-    each = [None] * len(leaf) if peak is None else peak
-    made = (_quantize(np.asarray(leaf[i]), scheme, sizes, each[i]) for i in range(len(leaf)))
+    made = (
+        _quantize(np.asarray(leaf[i]), scheme, sizes, *(x if x is None else x[i] for x in (peak, scale)))
+        for i in range(len(leaf))
+    )
     layers = [jax.tree.map(np.asarray, one) for one in made]
     return jax.tree.map(lambda *rows: np.stack(rows), *layers)
 

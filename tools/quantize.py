@@ -126,6 +126,8 @@ def copy_of(opened: Any, options: argparse.Namespace, recipe: str, look: tuple[A
     pipe, batches, peaks = look
     if not options.balance:
         return loading.quantized(opened, recipe, peaks=peaks)
+    if opened.scales is not None:
+        raise ValueError(f"--balance changes the kernels that {options.src} has learned scales for: leave it out")
     params, peaks, alphas = calibration.balance(pipe, quant.find_recipe(recipe)["dit"], batches, peaks)
     for path, alpha in alphas.items():
         print(f"{path}: {'as it was' if alpha is None else f'balanced, alpha {alpha:g}'}")
