@@ -75,6 +75,13 @@ def default(task: str = "class_to_image") -> Config:
     return ConfigDict(values).lock()
 
 
+QUANT = {
+    "mode": "none",  # none | train: the model acts as what it will be rounded to | lsq: and learns the scales
+    "recipe": "w8a8",  # w8a8 | w8 | w4
+}
+"""Training through integers, of the tasks that have it."""
+
+
 def _class_to_image() -> dict[str, Any]:
     """Labels to pictures or latents with a DiT."""
     return {
@@ -107,6 +114,7 @@ def _class_to_image() -> dict[str, Any]:
             "guidance": 4.0,
             "count": 16,  # pictures a grid; labels go round
         },
+        "quant": dict(QUANT),
         "eval_every": 0,  # steps between scores of the average's samples, made as those of `sample`; 0: none
         "eval": {
             "network": placeholder(str),  # whose features: a classifier's run, Inception's file or CLIP's folder
@@ -183,6 +191,7 @@ def _text_to_image() -> dict[str, Any]:
             "guidance": 7.5,
             "prompts": ("a red apple", "a house by the sea", "a portrait of a woman", "a dog in the snow"),
         },
+        "quant": dict(QUANT),
     }
 
 
@@ -248,6 +257,8 @@ CHOICES = {
     "diffusion.timestep_bias.strategy": ("none", "later", "earlier", "range"),
     "unet.remat": ("none", "full"),
     "captions.on_long": ("error", "truncate_loudly"),
+    "quant.mode": ("none", "train", "lsq"),
+    "quant.recipe": ("w8a8", "w8", "w4"),
     "lora.method": ("kaiming", "gaussian", "pissa"),
     "optim.schedule": ("constant", "cosine", "linear"),
     "log.wandb": ("off", "online", "offline"),
@@ -335,6 +346,8 @@ def check(config: Config, devices: int = 1) -> None:
             raise ValueError(f"{key}={values[key]} must be at least 0 and below 1")
     if values["task"] == "class_to_image":
         _check_diffusion(values)
+    if "quant.mode" in values:
+        _check_quant(values)
     if values["data.name"] != "openmoji" and values["data.split"] != "all":
         raise ValueError(
             f"data.split={values['data.split']!r} is openmoji's; data.name={values['data.name']!r} has one split"
@@ -356,6 +369,19 @@ def _check_diffusion(values: dict[str, Any]) -> None:
             f"eval_every={values['eval_every']} needs a network to score by: --config.eval.network=…, a run of "
             "configs/classifier_openmoji.py or Inception's file; or set 0"
         )
+
+
+def _check_quant(values: dict[str, Any]) -> None:
+    mode, recipe = values["quant.mode"], values["quant.recipe"]
+    if mode == "none" and recipe != QUANT["recipe"]:
+        raise ValueError(f"quant.recipe={recipe!r} does nothing with quant.mode='none': set train or lsq")
+    if mode != "none" and values["lora.rank"]:
+        raise ValueError(
+            f"quant.mode={mode!r} trains the model itself, and lora.rank={values['lora.rank']} adapters: set one of them; "
+            "adapters over integers are trained on a quantized init_from"
+        )
+    if mode == "lsq" and values["init_from"] is None:
+        raise ValueError("quant.mode='lsq' needs init_from: its scales start from the kernels of a trained model")
 
 
 def check_batch(batch_size: int, accumulate: int, devices: int) -> None:

@@ -68,7 +68,7 @@ class Opened:
     models: (module, params) each: a run's on the mesh, others as views of their files. main: the one that the others serve.
     meta: a run's metadata, else None. tokenizer, scheduler (a scheduler_config.json), size (height and width of pictures):
     Stable Diffusion's, None where they are not there. class_names: of a model of classes, [] where they are not known.
-    quantized: None when no kernel is.
+    quantized: None when no kernel is. scales: of main's kernels by path, where a run has learned them (quant.mode=lsq).
     """
 
     models: dict[str, tuple[Any, Any]]
@@ -80,6 +80,7 @@ class Opened:
     clip_skip: int = 0
     class_names: list[str] = dataclasses.field(default_factory=list)
     quantized: Quantized | None = None
+    scales: dict[str, jax.Array] | None = None
 
     @property
     def modules(self) -> dict[str, Any]:
@@ -135,10 +136,10 @@ def open_checkpoint(
         return _open_quantized(path, weights, step, dtype)
     if path.is_file() or any((path / name).exists() for name in ("config.json", "model_index.json")):
         return _open_foreign(path, weights, step, dtype or jnp.float32)
-    found, meta = load_run(path, weights=weights, step=step, mesh=mesh)
+    (found, scales), meta = _load_run(path, weights, step, mesh)
     if dtype is not None:
         found = {name: (module.clone(dtype=dtype), params) for name, (module, params) in found.items()}
-    opened = Opened(found, meta["main"], meta, class_names=meta["class_names"])
+    opened = Opened(found, meta["main"], meta, class_names=meta["class_names"], scales=scales)
     if meta["config"]["task"] != "text_to_image":
         return opened
     tokenizer = Tokenizer.from_folder(path / "tokenizer")
@@ -201,7 +202,7 @@ def quantized(
 
     loras: what will be attached; the models' fingerprints, which a LoRA run is checked against, are taken only if there is a run
     among them, or when None. peaks, moments: of `quant.observe`, for a static recipe and for GPTQ. ValueError for a recipe that
-    there is not, a model that it has no rules for, or one quantized already.
+    there is not, a model that it has no rules for, one quantized already, or one that has learned scales for another recipe.
     """
     rules = quant.find_recipe(recipe)
     if opened.quantized is not None:
@@ -210,11 +211,14 @@ def quantized(
         raise ValueError(
             f"quantize={recipe!r}: recipes are for {' and '.join(rules)}, and this is a model of {opened.main}"
         )
+    if opened.scales is not None and opened.meta is not None and recipe != opened.meta["config"]["quant"]["recipe"]:
+        trained = opened.meta["config"]["quant"]["recipe"]
+        raise ValueError(f"quantize={recipe!r}: this run has learned scales for {trained}: use that")
     paths = [entry[0] if isinstance(entry, tuple) else entry for entry in loras or ()]
     fingerprints = loras is None or any((Path(path) / "checkpoints").is_dir() for path in paths)
     digests = {name: tree.fingerprint(params) for name, (_, params) in opened.models.items()} if fingerprints else {}
     module, params = opened.models[opened.main]
-    made = quant.quantize(params, rules[opened.main], parts_of(module), peaks, release, moments)
+    made = quant.quantize(params, rules[opened.main], parts_of(module), peaks, opened.scales, release, moments)
     return dataclasses.replace(
         opened, models={**opened.models, opened.main: (module, made)}, quantized=Quantized(recipe, digests)
     )
@@ -293,17 +297,32 @@ def load_run(
 
     A LoRA run's models are those of its base, its adapters attached.
     """
+    (found, _), meta = _load_run(workdir, weights, step, mesh)
+    return found, meta
+
+
+def _load_run(
+    workdir: Path, weights: str, step: int | None, mesh: Mesh | None
+) -> tuple[tuple[dict[str, tuple[Any, Any]], dict[str, jax.Array] | None], dict[str, Any]]:
+    """((`load_run`'s models, `Opened.scales`), metadata)."""
     mesh = mesh or sharding.make_mesh()
 
-    def read(step: int, meta: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    def read(step: int, meta: dict[str, Any]) -> tuple[dict[str, tuple[Any, Any]], dict[str, jax.Array] | None]:
         if "lora" in meta:
-            return _adapted(workdir, step, meta, weights, mesh)
+            return _adapted(workdir, step, meta, weights, mesh), None
         dtype = DTYPES[meta["config"]["precision"]]
         found = {name: models.build(record, dtype) for name, record in meta["models"].items()}
         full = _restore(workdir, step, meta, weights, mesh, found)
-        return {name: (model, full[name]) for name, model in found.items()}
+        return {name: (model, full[name]) for name, model in found.items()}, learned_scales(full, meta["main"])
 
     return _newest(workdir, weights, step, read)
+
+
+def learned_scales(full: Any, name: str) -> dict[str, jax.Array] | None:
+    """A model's scales by its kernels' paths, of a tree in training or a run's; None where none were learned."""
+    if "scales" not in full:
+        return None
+    return {path.removesuffix("/scale"): scale for path, scale in tree.flatten(full["scales"][name]).items()}
 
 
 def load_adapters(

@@ -40,6 +40,24 @@ class Scheme:
     integer: bool = False
     static: bool = False
 
+    @property
+    def top(self) -> int:
+        """The largest integer: 127, or 7."""
+        return 2 ** (self.bits - 1) - 1
+
+    def layout(self, shape: Sequence[int], sizes: tuple[int, ...] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(lengths of the input axis' parts that have a scale each, axes of the taps that share them) of a kernel (..., C, D).
+
+        sizes: the parts that a kernel is known to have. ValueError when they do not make up C.
+        """
+        C = shape[-2]
+        parts = sizes or (self.group or C,) * (C // (self.group or C))
+        if sum(parts) != C:
+            raise ValueError(
+                f"a kernel {tuple(shape)} has {C} inputs, which parts of {sorted(set(parts))} do not make up"
+            )
+        return parts, () if self.group else tuple(range(len(shape) % 2, len(shape) - 2))
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["qvalue", "scale", "step"], meta_fields=["integer", "sizes"])
 @dataclasses.dataclass(eq=False)
@@ -67,14 +85,18 @@ class QTensor:
         return self.scale.dtype
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["scheme", "sizes"])
+@partial(jax.tree_util.register_dataclass, data_fields=["w", "scale"], meta_fields=["scheme", "sizes"])
 @dataclasses.dataclass(eq=False)
 class Rounded:
-    """A float kernel in training that acts as the QTensor it would become; its gradient goes straight through the rounding."""
+    """A float kernel in training that acts as the QTensor it would become; its gradient goes straight through the rounding.
+
+    scale: learned, as a QTensor's, by LSQ (see `_learn`); None: made of the kernel at each use.
+    """
 
     w: Any
     scheme: Scheme
     sizes: tuple[int, ...] = ()
+    scale: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,45 +147,54 @@ class Either:
 Kernel: TypeAlias = QTensor | Rounded | Observed | Either
 
 
-def quantize(kernel: jax.Array, scheme: Scheme, sizes: tuple[int, ...] = (), peak: jax.Array | None = None) -> QTensor:
+def quantize(
+    kernel: jax.Array,
+    scheme: Scheme,
+    sizes: tuple[int, ...] = (),
+    peak: jax.Array | None = None,
+    scale: jax.Array | None = None,
+) -> QTensor:
     """A kernel (..., C, D) rounded to the nearest, a scale for each column's part.
 
     An odd number of axes means stacked layers in front. sizes: parts of the input axis that have a scale each, C in all. peak:
-    (..., C), the inputs' largest absolute values, which a static scheme needs.
+    (..., C), the inputs' largest absolute values, which a static scheme needs. scale: learned, in whose multiples what is beyond
+    the largest integer is clipped; None: that of each part's largest value.
     ValueError when the parts are not those of the kernel, or there is no peak.
     """
     if scheme.static and peak is None:
         raise ValueError("static steps are made of what activations were seen to be: calibrate, and give peaks")
-    C, stack = kernel.shape[-2], kernel.ndim % 2
+    parts, taps = scheme.layout(kernel.shape, sizes)
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    taps = () if scheme.group else tuple(range(stack, kernel.ndim - 2))
-    parts = sizes or (scheme.group or C,) * (C // (scheme.group or C))
-    if sum(parts) != C:
-        raise ValueError(
-            f"a kernel {tuple(kernel.shape)} has {C} inputs, which parts of {sorted(set(parts))} do not make up"
-        )
-    largest = _largest(kernel, parts, taps)
-    top = 2 ** (scheme.bits - 1) - 1
-    # a column of zeros has any scale
-    scale = jnp.where(largest == 0, 1, largest) / (top + 0.5)
-    qvalue = jnp.clip(jnp.round(kernel / _spread(scale, parts)), -top, top)
+    made = jnp.abs(scale) if scale is not None else _over(jnp.max, jnp.abs(kernel), parts, taps) / (scheme.top + 0.5)
+    scale = _some(made)
+    qvalue = jnp.clip(jnp.round(kernel / _spread(scale, parts)), -scheme.top, scheme.top)
     step = None
     if scheme.static and peak is not None:
         pieces = jnp.split(peak.astype(jnp.float32), np.cumsum(parts[:-1]), axis=-1)
-        highest = jnp.stack([piece.max(-1) for piece in pieces], -1)
-        step = jnp.where(highest == 0, 1, highest) / 127.5
+        step = _some(jnp.stack([piece.max(-1) for piece in pieces], -1) / 127.5)
     qvalue = qvalue.astype(jnp.int8 if scheme.bits == 8 else jnp.int4)
     return QTensor(qvalue, scale.astype(jnp.float32), scheme.integer, tuple(sizes), step)
 
 
-def _largest(kernel: jax.Array, parts: tuple[int, ...], taps: tuple[int, ...]) -> jax.Array:
-    """Absolute values' maxima over each part of the input axis, and `taps`: (..., G, D)."""
-    kernel = jnp.abs(kernel)
+def first_scale(kernel: jax.Array, scheme: Scheme, sizes: tuple[int, ...] = ()) -> jax.Array:
+    """What LSQ's scales start from (arXiv:1902.08153, section 2.1): 2 mean |w| / sqrt(top), float32. Arguments as `quantize`'s."""
+    mean = _over(jnp.mean, jnp.abs(kernel.astype(jnp.float32)), *scheme.layout(kernel.shape, sizes))
+    return _some(2 * mean / np.sqrt(scheme.top))
+
+
+def _some(scale: jax.Array) -> jax.Array:
+    """1 in the place of 0: what is all zeros has any scale."""
+    return jnp.where(scale == 0, 1, scale)
+
+
+def _over(function: Any, values: jax.Array, parts: tuple[int, ...], taps: tuple[int, ...]) -> jax.Array:
+    """`jnp.max` or the like over each part of the input axis, and `taps`: (..., G, D)."""
     if len(set(parts)) == 1:
-        *lead, _, D = kernel.shape
-        return kernel.reshape(*lead, len(parts), parts[0], D).max((*taps, -2), keepdims=True).squeeze(-2)
-    pieces = jnp.split(kernel, np.cumsum(parts[:-1]), axis=-2)
-    return jnp.concatenate([piece.max((*taps, -2), keepdims=True) for piece in pieces], -2)
+        *lead, _, D = values.shape
+        grouped = values.reshape(*lead, len(parts), parts[0], D)
+        return function(grouped, axis=(*taps, -2), keepdims=True).squeeze(-2)
+    pieces = jnp.split(values, np.cumsum(parts[:-1]), axis=-2)
+    return jnp.concatenate([function(piece, axis=(*taps, -2), keepdims=True) for piece in pieces], -2)
 
 
 def _spread(scale: jax.Array, parts: Sequence[int]) -> jax.Array:
@@ -221,7 +252,7 @@ def _product(window: Window, x: jax.Array, w: Kernel) -> jax.Array:
     if isinstance(w, Either):
         return lax.cond(w.on, lambda: _product(window, x, w.q), lambda: _float(window, x, w.w.astype(x.dtype)))
     if isinstance(w, Rounded):
-        return _straight_through(window, w.scheme, w.sizes, x, w.w)
+        return _straight_through(window, w.scheme, w.sizes, x, w.w, w.scale)
     return _integer(window, x, w) if is_integer(window, w) else weight_only(window, x, w)
 
 
@@ -316,21 +347,40 @@ _observed.defvjp(_observe, lambda window, see, saved, g: (jnp.zeros_like(saved[0
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _straight_through(
-    window: Window, scheme: Scheme, sizes: tuple[int, ...], x: jax.Array, kernel: jax.Array
+    window: Window, scheme: Scheme, sizes: tuple[int, ...], x: jax.Array, kernel: jax.Array, scale: jax.Array | None
 ) -> jax.Array:
-    return _product(window, x, quantize(kernel, scheme, sizes))
+    return _product(window, x, quantize(kernel, scheme, sizes, scale=scale))
 
 
 def _straight_through_backward(
-    window: Window, scheme: Scheme, sizes: tuple[int, ...], saved: tuple[jax.Array, jax.Array], g: jax.Array
+    window: Window, scheme: Scheme, sizes: tuple[int, ...], saved: tuple[Any, ...], g: jax.Array
+) -> tuple[Any, ...]:
+    x, kernel, scale = saved
+    w = quantize(kernel, scheme, sizes, scale=scale)
+    dx, dkernel = jax.vjp(partial(_float, window), x, dequantize(w, x.dtype))[1](g)
+    dkernel = dkernel.astype(kernel.dtype)
+    return (dx, dkernel, None) if scale is None else (dx, *_learn(dkernel, kernel, scale, scheme, sizes))
+
+
+def _learn(
+    g: jax.Array, kernel: jax.Array, scale: jax.Array, scheme: Scheme, sizes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    dequantized = dequantize(quantize(kernel, scheme, sizes), x.dtype)
-    dx, dkernel = jax.vjp(partial(_float, window), x, dequantized)[1](g)
-    return dx, dkernel.astype(kernel.dtype)
+    """LSQ's gradients by a kernel and its scales, of the rounded kernel's g (arXiv:1902.08153, equations 3 to 5): by the kernel g
+    where it is not clipped; by a scale the sum of g * (round(w / s) - w / s), or g times the largest integer where it is, over
+    the square root of (weights of that scale) * (largest integer)."""
+    parts, taps = scheme.layout(kernel.shape, sizes)
+    exact = kernel / _spread(_some(jnp.abs(scale)), parts)
+    whole, inside = jnp.clip(jnp.round(exact), -scheme.top, scheme.top), jnp.abs(exact) < scheme.top
+    sums = _over(jnp.sum, g * jnp.where(inside, whole - exact, whole), parts, taps)
+    counts = np.asarray(parts if len(set(parts)) > 1 else parts[:1])[:, None] * np.prod([kernel.shape[i] for i in taps])
+    by_scale = jnp.sign(scale) * sums / np.sqrt(counts * scheme.top)
+    return jnp.where(inside, g, 0), by_scale.astype(scale.dtype)
 
 
 _straight_through.defvjp(
-    lambda window, scheme, sizes, x, kernel: (_straight_through(window, scheme, sizes, x, kernel), (x, kernel)),
+    lambda window, scheme, sizes, x, kernel, scale: (
+        _straight_through(window, scheme, sizes, x, kernel, scale),
+        (x, kernel, scale),
+    ),
     _straight_through_backward,
 )

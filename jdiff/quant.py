@@ -105,6 +105,7 @@ def quantize(
     rules: Rules,
     parts: Mapping[str, tuple[int, ...]] | None = None,
     peaks: Mapping[str, jax.Array] | None = None,
+    scales: Mapping[str, jax.Array] | None = None,
     done: Callable[[Any], None] = lambda _: None,
     moments: Mapping[str, jax.Array] | None = None,
 ) -> Tree:
@@ -112,8 +113,9 @@ def quantize(
 
     params: a model's, arrays of jax or numpy, or what makes one in `np.asarray`; or their shapes, under `jax.eval_shape`.
     parts: the lengths of a kernel's input axis that have scales of their own, by path (`UNet.concatenated`). peaks: what
-    `observe` has seen, which static schemes need. done: called with each kernel that has been rounded. moments: what `observe` has
-    seen by `moment`: kernels that have one are rounded by GPTQ, others to the nearest.
+    `observe` has seen, which static schemes need. scales: learned, by path (`first_scales`), for all kernels. done: called with
+    each kernel that has been rounded. moments: what `observe` has seen by `moment`: kernels that have one are rounded by GPTQ,
+    which makes scales of its own, others to the nearest.
     """
 
     def rounded(path: str, leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> QTensor:
@@ -122,16 +124,53 @@ def quantize(
                 f"quantize: {path} takes a static step, which is made of what was seen of its inputs: calibrate (tools/quantize.py)"
             )
         peak = (peaks or {}).get(path) if scheme.static else None
-        made = _quantized(leaf, scheme, sizes, peak, (moments or {}).get(path))
+        made = _quantized(leaf, scheme, sizes, peak, _learned(scales, path, leaf), (moments or {}).get(path))
         done(leaf)
         return made
 
     return _each(params, rules, parts, rounded)
 
 
-def train(params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | None = None) -> Tree:
-    """The tree with its kernels as `Rounded`: int8 forward, the float kernels' gradient. Arguments and errors as `quantize`'s."""
-    return _each(params, rules, parts, lambda _, leaf, scheme, sizes: Rounded(leaf, scheme, sizes))
+def train(
+    params: Tree,
+    rules: Rules,
+    parts: Mapping[str, tuple[int, ...]] | None = None,
+    scales: Mapping[str, jax.Array] | None = None,
+) -> Tree:
+    """The tree with its kernels as `Rounded`: int8 forward, the gradient of float kernels, and of the scales where there are some.
+    Arguments and errors as `quantize`'s."""
+
+    def rounded(path: str, leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> Rounded:
+        if scheme.static:
+            raise ValueError(f"quantize: {path} would have a static step, which is not trained: use w8a8")
+        return Rounded(leaf, scheme, sizes, _learned(scales, path, leaf))
+
+    return _each(params, rules, parts, rounded)
+
+
+def first_scales(
+    params: Tree, rules: Rules, parts: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, jax.Array]:
+    """LSQ's scales of all kernels that the rules round, by path, as they start: see `qtensor.first_scale`. Errors as `choose`'s."""
+    found: dict[str, jax.Array] = {}
+
+    def look(path: str, leaf: Any, scheme: Scheme, sizes: tuple[int, ...]) -> Any:
+        found[path] = qtensor.first_scale(leaf, scheme, sizes)
+        return leaf
+
+    _each(params, rules, parts, look)
+    return found
+
+
+def _learned(scales: Mapping[str, jax.Array] | None, path: str, leaf: Any) -> jax.Array | None:
+    """A kernel's own of some learned scales. ValueError when they are another model's."""
+    if scales is None:
+        return None
+    if path not in scales or scales[path].shape[-1] != leaf.shape[-1]:
+        raise ValueError(
+            f"quantize: there are no learned scales for {path} {tuple(leaf.shape)}: they are another model's"
+        )
+    return scales[path]
 
 
 def largest(window: qtensor.Window, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -203,18 +242,23 @@ _by_gptq = jax.jit(gptq.quantize, static_argnums=(2, 3))
 
 
 def _quantized(
-    leaf: Any, scheme: Scheme, sizes: tuple[int, ...], peak: jax.Array | None, moment: jax.Array | None
+    leaf: Any,
+    scheme: Scheme,
+    sizes: tuple[int, ...],
+    peak: jax.Array | None,
+    scale: jax.Array | None,
+    moment: jax.Array | None,
 ) -> QTensor:
-    def one(kernel: Any, peak: jax.Array | None, moment: jax.Array | None) -> QTensor:
+    def one(kernel: Any, peak: jax.Array | None, scale: jax.Array | None, moment: jax.Array | None) -> QTensor:
         kernel = kernel if isinstance(kernel, jax.Array) else np.asarray(kernel)
         if moment is None:
-            return _quantize(kernel, scheme, sizes, peak)
+            return _quantize(kernel, scheme, sizes, peak, scale)
         return _by_gptq(kernel, moment, scheme, sizes, peak)
 
     if len(leaf.shape) % 2 == 0 or (isinstance(leaf, jax.Array) and moment is None):
-        return one(leaf, peak, moment)
+        return one(leaf, peak, scale, moment)
     # of what is in a file a layer at a time: all of a large model's are gigabytes
-    each = [[None] * len(leaf) if of is None else of for of in (peak, moment)]
+    each = [[None] * len(leaf) if of is None else of for of in (peak, scale, moment)]
     layers = [
         jax.tree.map(np.asarray, one(*row)) for row in zip((leaf[i] for i in range(len(leaf))), *each, strict=True)
     ]

@@ -22,6 +22,8 @@ os.environ.setdefault("XLA_FLAGS", f"{QUICK} --xla_force_host_platform_device_co
 import jax  # noqa: E402  (reads the environment)
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+from jdiff import config as configs  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 TINY = (
     *("--config.model.depth=2", "--config.model.width=32", "--config.model.heads=2", "--config.data.image_size=8"),
@@ -129,3 +131,15 @@ def make_pictures(folder: Path, classes: Sequence[str] = ("ant", "bee"), each: i
 def image_folder(tmp_path_factory) -> Path:
     """24 pictures of 2 classes."""
     return make_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="session")
+def class_config(image_folder):
+    """Of a DiT of 64 channels on these pictures, two steps; to be copied where it is changed."""
+    config = configs.default()
+    config.update_from_flattened_dict({
+        **{"data.name": "imagefolder", "data.path": str(image_folder), "data.image_size": 8, "batch_size": 8},
+        **{"model.depth": 2, "model.width": 64, "model.heads": 2, "total_steps": 2, "log.tensorboard": False},
+        **{"sample.steps": 2, "sample.count": 4, "optim.lr": 1e-2, "ema.decay": 0.5},
+    })  # fmt: skip
+    return config

@@ -194,6 +194,85 @@ def test_gradients_go_straight_through(scheme, where, trained):
         np.testing.assert_allclose(found[0], dx, rtol=1e-6, atol=1e-6 * np.abs(dx).max())
 
 
+def _lsq64(x, g, kernel, scale, parts, top, taps_share):
+    """LSQ by the paper's equations, one weight at a time, for y = sum over taps of x[tap] @ w[tap] and the gradient g by y.
+
+    x: (taps, rows, C); g: (rows, D); kernel: (taps, C, D); scale: (taps or 1, G, D). Returns (dx, dkernel, dscale) in float64.
+    """
+    T, C, D = kernel.shape
+    part_of = np.repeat(np.arange(len(parts)), parts)
+    dx, dkernel, dscale, counts = (
+        np.zeros(x.shape),
+        np.zeros(kernel.shape),
+        np.zeros(scale.shape),
+        np.zeros(scale.shape),
+    )
+    for t, c, d in np.ndindex(T, C, D):
+        at = (0 if taps_share else t, part_of[c], d)
+        v, s = kernel[t, c, d], scale[at]
+        whole = min(max(np.round(v / s), -top), top)
+        by_rounded = x[t, :, c] @ g[:, d]
+        dx[t, :, c] += g[:, d] * np.float64(np.float32(s)) * whole
+        clipped = abs(v / s) >= top
+        dkernel[t, c, d] = 0 if clipped else by_rounded
+        dscale[at] += by_rounded * (whole if clipped else whole - v / s)
+        counts[at] += 1
+    return dx, dkernel, dscale / np.sqrt(counts * top)
+
+
+@pytest.mark.parametrize("where", ["dense", "conv", "pointwise", "parts"])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_learned_scales_have_lsqs_gradient(scheme, where):
+    """In float64, by activations, kernel and scales; of all weights some are clipped."""
+    sizes = (16, 8) if where == "parts" and not scheme.group else ()
+    with jax.enable_x64(True):
+        shape = SHAPES["dense" if where == "parts" else where]
+        kernel = jnp.asarray(_normal(*shape), jnp.float64)
+        scale = qtensor.first_scale(kernel, scheme, sizes).astype(jnp.float64)
+        scale *= (0.7 if scheme.bits == 4 else 0.1) * (1 + 0.2 * np.abs(_normal(*scale.shape, seed=5)))
+        x = jnp.asarray(_normal(10, 24) if len(shape) == 2 else _normal(2, 4, 3, 24), jnp.float64)
+        product = weights.dot if len(shape) == 2 else weights.conv
+        act = lambda x, kernel, scale: product(x, Rounded(kernel, scheme, sizes, scale))  # noqa: E731
+        y, back = jax.vjp(act, x, kernel, scale)
+        g = np.random.default_rng(3).normal(size=y.shape)
+        dx, dkernel, dscale = map(np.asarray, back(jnp.asarray(g)))
+        np.testing.assert_array_equal(y, product(x, qtensor.quantize(kernel, scheme, sizes, scale=scale)))
+    if len(shape) == 2:
+        read, unread = np.asarray(x)[None], lambda made: made[0]
+    else:  # a convolution is a product with shifted pictures
+        pad = shape[0] // 2
+        padded = np.pad(np.asarray(x), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        windows = [(slice(None), slice(i, i + 4), slice(j, j + 3)) for i, j in np.ndindex(shape[:2])]
+        read = np.stack([padded[w].reshape(-1, 24) for w in windows])
+
+        def unread(made):
+            total = np.zeros(padded.shape)
+            for window, part in zip(windows, made, strict=True):
+                total[window] += part.reshape(2, 4, 3, 24)
+            return total[:, pad : pad + 4, pad : pad + 3]
+
+    flat = lambda array: np.asarray(array).reshape(-1, *array.shape[-2:])  # noqa: E731
+    parts = sizes or (scheme.group or 24,) * (24 // (scheme.group or 24))
+    found = flat(kernel), flat(scale), parts, scheme.top, not scheme.group
+    expected = _lsq64(read, g.reshape(-1, 20), *found)
+    assert 0 < np.mean(expected[1] == 0) < 0.5
+    np.testing.assert_allclose(dx, unread(expected[0]), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(flat(dkernel), expected[1], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(flat(dscale), expected[2], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_scales_start_as_lsqs_do(shape):
+    kernel = _normal(*shape)
+    taps = tuple(range(len(shape) % 2, len(shape) - 2))
+    found = qtensor.first_scale(jnp.asarray(kernel), W8)
+    expected = 2 * np.abs(kernel.astype(np.float64)).mean((*taps, -2), keepdims=True) / np.sqrt(127)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    groups = kernel.astype(np.float64).reshape(*shape[:-2], 3, 8, shape[-1])
+    expected = 2 * np.abs(groups).mean(-2) / np.sqrt(7)
+    np.testing.assert_allclose(qtensor.first_scale(jnp.asarray(kernel), W4), expected, rtol=1e-6)
+
+
 def test_a_row_does_not_depend_on_the_others():
     w, kernel = (qtensor.quantize(jnp.asarray(_normal(*SHAPES[name])), W8A8) for name in ("dense", "conv"))
     x, pictures = jnp.asarray(_normal(4, 5, 24)), jnp.asarray(_normal(4, 8, 6, 24))

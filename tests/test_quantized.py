@@ -11,7 +11,6 @@ import pytest
 from tiny_sd import make_folder
 
 import jdiff
-from jdiff import config as configs
 from jdiff import convert, loading, lora, models, train, tree, weights
 from jdiff.convert import quantized
 from jdiff.qtensor import QTensor
@@ -26,17 +25,6 @@ def _fill(params):
     """What was not trained is not zero."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: np.asarray(x) + 0.05 * rng.normal(size=x.shape).astype(x.dtype), params)
-
-
-@pytest.fixture(scope="module")
-def class_config(image_folder):
-    config = configs.default()
-    config.update_from_flattened_dict({
-        **{"data.name": "imagefolder", "data.path": str(image_folder), "data.image_size": 8, "batch_size": 8},
-        **{"model.depth": 2, "model.width": 64, "model.heads": 2, "total_steps": 2, "log.tensorboard": False},
-        **{"sample.steps": 2, "sample.count": 4, "optim.lr": 1e-2, "ema.decay": 0.5},
-    })  # fmt: skip
-    return config
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,12 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import jdiff
-from jdiff import checkpoint, convert, models, sharding, train, tree
+from jdiff import checkpoint, convert, loading, models, sharding, train, tree, weights
 from jdiff import config as configs
 from jdiff.diffusion import schedulers
 from jdiff.diffusion.process import make_text_process, make_text_scheduler, scheduler_record
 from jdiff.pipelines import TextPipeline, grid
+from jdiff.qtensor import QTensor
 from jdiff.report import SPEED
 from jdiff.tasks import make_task, mean_gradient
 from jdiff.tasks.text_to_image import TextToImage, text_loss
@@ -489,3 +490,17 @@ def test_the_task_is_found_by_its_name(pictures, base):
     task = make_task(make_config(pictures, **{"vae.path": str(base / "vae")}), sharding.make_mesh())
     assert isinstance(task, TextToImage) and task.frozen == "vae/.*"
     assert task.macs() == task.unet.macs(8, 8, text_length=16) + task.text.macs()
+
+
+def test_a_unet_trains_through_integers(pictures, base, tmp_path):
+    """It learns scales, two where it concatenates, and its quantized copy takes them."""
+    settings = {"total_steps": 2, "checkpoint_every": 2, "sample_every": 2, "quant.mode": "lsq", "optim.lr": 1e-4}
+    train.fit(from_base(pictures, base, **settings), tmp_path / "run")
+    opened = loading.open_checkpoint(tmp_path / "run")
+    parts = opened.models["unet"][0].concatenated()
+    assert parts and all(opened.scales[path].shape[-2] == len(sizes) for path, sizes in parts.items())
+    made = weights.flatten(loading.quantized(opened, "w8a8").models["unet"][1])
+    kernels = {path: leaf for path, leaf in made.items() if isinstance(leaf, QTensor)}
+    assert set(kernels) == set(opened.scales)
+    for path, leaf in kernels.items():
+        np.testing.assert_array_equal(leaf.scale, np.abs(opened.scales[path]))

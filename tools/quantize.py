@@ -197,6 +197,11 @@ def copy_of(opened: Any, options: argparse.Namespace, recipe: str, look: Look | 
     if look is None:
         return loading.quantized(opened, recipe)
     subject, batches, peaks = look
+    for name, given in (("balance", options.balance), ("gptq", options.gptq)):
+        if given and opened.scales is not None:
+            raise ValueError(
+                f"--{name} is for kernels without scales, and {options.src} has learned some: leave it out"
+            )
     rules = quant.find_recipe(recipe)[opened.main]
     if options.balance:
         if opened.main != "dit":

@@ -79,10 +79,20 @@ class Task(Protocol):
         ...
 
 
+class Roundable(Task, Protocol):
+    """A task whose config has `quant`. main: name and module of the model that it rounds."""
+
+    main: tuple[str, Any]
+
+
 def make_task(config: Any, mesh: Mesh, workdir: Path | None = None) -> Task:
     """The config's task, checked, its data listed; nothing is compiled yet. workdir: for files that a task keeps by its run."""
     name = "".join(part.title() for part in config.task.split("_"))
     task = getattr(importlib.import_module(f"jdiff.tasks.{config.task}"), name)(config, mesh, workdir)
+    if config.get("quant") and config.quant.mode != "none":
+        from jdiff.tasks.rounding import Rounding
+
+        return Rounding(task, config)
     if config.lora.rank == 0:
         return task
     from jdiff.tasks.adapters import Adapters

@@ -55,7 +55,7 @@ class ClassToImage:
         size, _, channels = self.source.shape
         shape = {"image_size": size, "channels": channels, "num_classes": self.source.num_classes}
         self.model = models.create(config.model.name, **shape, dtype=DTYPES[config.precision], **fields)
-        self.frozen = f"dit/({self.model.frozen})"
+        self.main, self.frozen = ("dit", self.model), f"dit/({self.model.frozen})"
         process = make_process(config.diffusion, self.model.learn_sigma)
         self.loss = class_loss(self.model, process)
         self.gradient = mean_gradient(self.loss)

@@ -37,12 +37,17 @@ class Part:
 
 
 def open_base(config: Any, dtype: Any = None) -> Opened:
-    """init_from's checkpoint. ValueError when it is quantized, and not for adapters alone."""
+    """init_from's checkpoint. ValueError when it is quantized, and not for adapters alone, or has learned scales."""
     base = open_checkpoint(config.init_from, dtype=dtype)
     if base.quantized is not None and not config.lora.rank:
         raise ValueError(
             f"init_from={config.init_from} is quantized ({base.quantized.recipe}) and cannot be trained itself: train adapters "
             "over it (--config.lora.rank=8), or give the checkpoint that it was made from"
+        )
+    if base.scales is not None:
+        raise ValueError(
+            f"init_from={config.init_from} has learned scales, without which its kernels are not what was trained: resume it in "
+            "its own folder, or train adapters over its copy (tools/quantize.py)"
         )
     return base
 

@@ -89,7 +89,7 @@ class TextToImage:
         self.parts = {"unet": unet, "text": text, "vae": vae}
         self.unet, self.text, self.vae = (self.parts[name].module for name in ("unet", "text", "vae"))
         self._check_shapes()
-        self.frozen = "vae/.*" if config.text.train else "(vae|text)/.*"
+        self.main, self.frozen = ("unet", self.unet), "vae/.*" if config.text.train else "(vae|text)/.*"
         self.transform, null = None, self.null_context
         if null is None:
             c, null = config.captions, self.tokenizer.null
