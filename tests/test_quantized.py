@@ -222,10 +222,11 @@ def test_the_tool(commands, run, tmp_path):
     assert made.returncode == 0 and "times smaller, read back and compared" in made.stdout, made.stderr
     sampled = commands.run("tools/sample.py", tmp_path / "copy", "--steps", 2, "--out", tmp_path / "grid.png")
     assert sampled.returncode == 0 and (tmp_path / "grid.png").exists(), sampled.stderr
-    report = commands.run(TOOL, "report", run, "--recipe", "w8a8", "--num", 4, "--steps", 2)
+    others = ("--recipe", "w8a8", "--other", tmp_path / "copy")
+    report = commands.run(TOOL, "report", run, *others, "--num", 4, "--steps", 2)
     assert report.returncode == 0, report.stderr
     rows = {line[:9]: line.split()[3:] for line in report.stdout.splitlines() if line[:1] == "0"}
-    assert len(rows) == 10 and all(0 < float(row[0]) < 1e-2 for row in rows.values())
+    assert len(rows) == 10 and all(0 < float(row[0]) < 1e-2 and row[0] == row[1] for row in rows.values())
     for arguments, said in (
         ((run, "--recipe", "w8"), "DEST is missing"),
         ((run, tmp_path / "copy", "--recipe", "w8"), "copy exists"),

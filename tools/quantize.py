@@ -4,6 +4,7 @@
     python tools/quantize.py runs/a --recipe w4 --dry-run     # what each rule does, and the bytes it saves; nothing is written
     python tools/quantize.py runs/a small/ --recipe w8a8-static --calibrate 16 --balance
     python tools/quantize.py report runs/a --recipe w8a8 --recipe w4
+    python tools/quantize.py report runs/a --recipe w4 --other runs/a_distilled     # and what was trained since
 
 The copy is sampled, loaded and adapted like any checkpoint (tools/sample.py small/). The report is of a model of classes: the
 relative squared error of the model's output by noise level, and the PSNR of pictures from the same noise, beside those of bfloat16
@@ -44,7 +45,10 @@ def main() -> int:
     )
     parser.add_argument("--balance", action="store_true", help="with --calibrate: even out channels, where that helps")
     if reports:
-        parser.add_argument("--recipe", choices=RECIPES, action="append", required=True, help="may be given again")
+        parser.add_argument("--recipe", choices=RECIPES, action="append", default=[], help="may be given again")
+        parser.add_argument(
+            "--other", metavar="PATH", action="append", default=[], help="a run or copy to compare; may be given again"
+        )
         parser.add_argument("--num", type=int, default=40, help="pictures; labels go round through all classes")
     else:
         parser.add_argument("dest", type=Path, nargs="?", help="a folder that must not exist yet")
@@ -95,13 +99,18 @@ def check(options: argparse.Namespace, recipes: list[str]) -> None:
 
 
 def open_pipeline(options: argparse.Namespace, precision: str = "fp32") -> Any:
-    """The source's pipeline; ValueError for a model of texts."""
+    """The source's pipeline. Errors as `of_classes`'."""
+    return of_classes(options.src, precision=precision, weights=options.weights, step=options.step)
+
+
+def of_classes(path: str, **settings: Any) -> Any:
+    """A path's pipeline; ValueError for a model of texts."""
     from jdiff import loading
     from jdiff.pipelines import ClassPipeline
 
-    pipe = loading.pipeline(options.src, precision=precision, weights=options.weights, step=options.step)
+    pipe = loading.pipeline(path, **settings)
     if not isinstance(pipe, ClassPipeline):
-        raise ValueError(f"{options.src} is a model of texts, and calibration and reports are of models of classes")
+        raise ValueError(f"{path} is a model of texts, and calibration and reports are of models of classes")
     return pipe
 
 
@@ -151,6 +160,13 @@ def report(options: argparse.Namespace) -> int:
     for name in dict.fromkeys(options.recipe):
         others[name] = copy.copy(pipe)
         others[name].params = place(pipe.mesh, copy_of(opened, options, name, look).models["dit"][1])
+    for path in options.other:
+        others[path] = of_classes(path, precision="fp32")
+        theirs, ours = ((m.image_size, m.channels, m.num_classes) for m in (others[path].model, pipe.model))
+        if theirs != ours:
+            raise ValueError(
+                f"--other {path} is of {theirs} (size, channels, classes), and {options.src} of {ours}: they cannot be compared"
+            )
     others["bf16"] = open_pipeline(options, "bf16")
     labels = [i % pipe.model.num_classes for i in range(options.num)]
     settings = {"seed": options.seed, "steps": options.steps, "guidance_scale": options.guidance}
