@@ -115,6 +115,11 @@ def _class_to_image() -> dict[str, Any]:
             "count": 16,  # pictures a grid; labels go round
         },
         "quant": dict(QUANT),
+        "distill": {
+            # a checkpoint of classes; its output, on pictures of its own, is what is trained for then, and no data are read
+            "teacher": placeholder(str),
+            "count": 512,  # of these pictures, made as those of `sample`
+        },
         "eval_every": 0,  # steps between scores of the average's samples, made as those of `sample`; 0: none
         "eval": {
             "network": placeholder(str),  # whose features: a classifier's run, Inception's file or CLIP's folder
@@ -273,7 +278,7 @@ POSITIVE = (
     *("unet.norm_num_groups", *(f"text.{field}" for field in ("vocab_size", "width", "hidden", "layers", "heads"))),
     *("text.max_length", "buckets.step", "diffusion.timestep_bias.multiplier"),
     *("vae.block_out_channels", "vae.layers_per_block", "vae.latent_channels", "vae.norm_num_groups"),
-    *("gan.width", "heldout.count", "lora.alpha", "lora.plus_ratio"),
+    *("gan.width", "heldout.count", "distill.count", "lora.alpha", "lora.plus_ratio"),
     *("model.widths", "model.norm_num_groups", "sample.rows", "eval.num", "eval.reference"),
 )
 """Keys whose value, where one is set, is above 0: each number of a list."""

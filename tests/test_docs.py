@@ -22,7 +22,7 @@ PAGES = (
 TWO_STEPS = ("--config.total_steps=2", "--config.sample.steps=2", "--config.log.tensorboard=false")
 LITTLE_SD = ("--config.batch_size=8", "--config.data.workers=0", *TWO_STEPS)
 SMALL_CONFIGS = {
-    "dit_s2": (*TINY, *TWO_STEPS),
+    "dit_s2": (*TINY, "--config.model.width=64", "--config.distill.count=8", *TWO_STEPS),
     "classifier_openmoji": (
         *("--config.data.image_size=16", "--config.model.widths=8,16", "--config.batch_size=16"),
         *("--config.total_steps=4", "--config.log.tensorboard=false"),

@@ -238,10 +238,11 @@ def test_the_tool(commands, run, tmp_path):
     sampled = commands.run("tools/sample.py", tmp_path / "copy", "--steps", 2, "--out", tmp_path / "grid.png")
     assert sampled.returncode == 0 and (tmp_path / "grid.png").exists(), sampled.stderr
     page = tmp_path / "page.html"
-    report = commands.run(TOOL, "report", run, "--recipe", "w8a8", "--num", 4, "--steps", 2, "--page", page)
+    others = ("--recipe", "w8a8", "--other", tmp_path / "copy")
+    report = commands.run(TOOL, "report", run, *others, "--num", 4, "--steps", 2, "--page", page)
     assert report.returncode == 0, report.stderr
     rows = {line[:9]: line.split()[3:] for line in report.stdout.splitlines() if line[:1] == "0"}
-    assert len(rows) == 10 and all(0 < float(row[0]) < 1e-2 for row in rows.values())
+    assert len(rows) == 10 and all(0 < float(row[0]) < 1e-2 and row[0] == row[1] for row in rows.values())
     assert "step 2" in report.stdout and "blocks/mlp/fc1 1" in report.stdout and "all of them" in page.read_text()
     exported = commands.run(TOOL, "export", tmp_path / "copy", tmp_path / "golden")
     assert exported.returncode == 0 and (tmp_path / "golden" / "index.json").exists(), exported.stderr

@@ -5,6 +5,7 @@
     python tools/quantize.py runs/a small/ --recipe w8a8-static --calibrate 16 --balance
     python tools/quantize.py runs/a small/ --recipe w8a8-static --calibrate openmoji
     python tools/quantize.py report runs/a --recipe w8a8 --recipe w4 --page int8.html
+    python tools/quantize.py report runs/a --recipe w4 --other runs/a_distilled     # and what was trained since
     python tools/quantize.py export small/ golden/            # integers, and each product's inputs and outputs, for other runtimes
 
 The copy is sampled, loaded and adapted like any checkpoint (tools/sample.py small/). The report: the relative squared error of the
@@ -63,7 +64,10 @@ def main() -> int:
         "--gptq", action="store_true", help="with --calibrate: round kernels by what their inputs are (w4)"
     )
     if name == "report":
-        parser.add_argument("--recipe", choices=RECIPES, action="append", required=True, help="may be given again")
+        parser.add_argument("--recipe", choices=RECIPES, action="append", default=[], help="may be given again")
+        parser.add_argument(
+            "--other", metavar="PATH", action="append", default=[], help="a run or copy to compare; may be given again"
+        )
         parser.add_argument("--num", type=int, default=40, help="pictures; labels or prompts go round")
         parser.add_argument("--page", type=Path, help="an HTML file for the tables and curves")
     else:
@@ -220,6 +224,8 @@ def report(options: argparse.Namespace) -> int:
     """Prints the tables, and writes the page."""
     check(options, options.recipe)
     command.check_above_zero(options, ("num",))
+    if not options.recipe and not options.other:
+        raise ValueError("there is nothing to compare: give a --recipe, or an --other")
     from jdiff import quant, runtime
     from jdiff.evaluate import rounding, rounding_page
 
@@ -231,6 +237,8 @@ def report(options: argparse.Namespace) -> int:
     others, look = {}, seen(opened, options) if options.calibrate else None
     for name in dict.fromkeys(options.recipe):
         others[name] = subject.changed(copy_of(opened, options, name, look).models[opened.main][1])
+    for path in options.other:
+        others[path] = comparable(subject, path, opened, options)
     bf16 = asked(open_pipeline(options, "bf16"), opened, options, options.num)
     how = settings(opened, options)
     found = rounding.compare(subject, {**others, "bf16": bf16}, samplers(subject, opened), seed=options.seed, **how)
@@ -238,7 +246,7 @@ def report(options: argparse.Namespace) -> int:
     print(f"{title}\n{rounding.tables(found)}")
     x_0, _ = subject.samples(seed=options.seed, **how)
     alone = {}
-    for name in others:
+    for name in dict.fromkeys(options.recipe):
         rounded = others[name].params
         if options.balance:  # whose kernels take other inputs than the original's
             rounded = quant.quantize(subject.params, quant.find_recipe(name)[opened.main], peaks=look and look[2])
@@ -247,6 +255,21 @@ def report(options: argparse.Namespace) -> int:
     if options.page:
         rounding_page.write(options.page, title, found, alone)
     return 0
+
+
+def comparable(subject: Any, path: str, opened: Any, options: argparse.Namespace) -> Any:
+    """Another checkpoint, asked for the same; ValueError where its model takes or makes other things."""
+    from jdiff import loading
+
+    other = asked(loading.pipeline(path, precision="fp32"), opened, options, options.num)
+    fields = ("image_size", "channels", "num_classes", "in_channels", "out_channels", "cross_attention_dim")
+    theirs, ours = ({name: getattr(one.model, name, None) for name in fields} for one in (other, subject))
+    for name in fields:
+        if theirs[name] != ours[name]:
+            raise ValueError(
+                f"--other {path} has {name} {theirs[name]}, and {options.src} {ours[name]}: they cannot be compared"
+            )
+    return other
 
 
 def samplers(subject: Any, opened: Any) -> list[str]:

@@ -121,11 +121,17 @@ class ClassPipeline(WithLoras):
 
     def many(self, labels: Sequence[int], batch_size: int, first: int = 0, **settings: Any) -> Iterator[np.ndarray]:
         """Pictures of all labels from the first-th on, uint8 (batch_size or fewer, H', W', 3) at a time. settings: as of a call."""
+        return map(self.pictures, self.many_samples(labels, batch_size, first, **settings))
+
+    def many_samples(
+        self, labels: Sequence[int], batch_size: int, first: int = 0, **settings: Any
+    ) -> Iterator[np.ndarray]:
+        """As `many`, samples as a call gives them."""
         count = len(labels)
         for start in range(first, count, batch_size):
             # the last batch is filled up to the others' size, so that it does not compile anew
             rows = [labels[min(start + i, count - 1)] for i in range(min(batch_size, count))]
-            yield self.pictures(self(rows, first_index=start, **settings))[: count - start]
+            yield self(rows, first_index=start, **settings)[: count - start]
 
     def pictures(self, samples_BHWC: np.ndarray) -> np.ndarray:
         """Samples -> uint8 RGB (B, H', W', 3)."""

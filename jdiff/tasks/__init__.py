@@ -87,8 +87,9 @@ class Roundable(Task, Protocol):
 
 def make_task(config: Any, mesh: Mesh, workdir: Path | None = None) -> Task:
     """The config's task, checked, its data listed; nothing is compiled yet. workdir: for files that a task keeps by its run."""
-    name = "".join(part.title() for part in config.task.split("_"))
-    task = getattr(importlib.import_module(f"jdiff.tasks.{config.task}"), name)(config, mesh, workdir)
+    module = "distillation" if config.get("distill") and config.distill.teacher is not None else config.task
+    name = "".join(part.title() for part in module.split("_"))
+    task = getattr(importlib.import_module(f"jdiff.tasks.{module}"), name)(config, mesh, workdir)
     if config.get("quant") and config.quant.mode != "none":
         from jdiff.tasks.rounding import Rounding
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from jdiff import models, tree
+from jdiff.data import Source
 from jdiff.diffusion.process import Process, make_process
 from jdiff.evaluate.samples import Samples, of_pipeline
 from jdiff.loading import DTYPES
@@ -51,7 +52,7 @@ class ClassToImage:
                 f"sample.guidance={config.sample.guidance} needs an unconditional label, and model.label_dropout=0 has none: "
                 "use --config.sample.guidance=1"
             )
-        self.source = open_source(config)
+        self.source = self.open_source()
         size, _, channels = self.source.shape
         shape = {"image_size": size, "channels": channels, "num_classes": self.source.num_classes}
         self.model = models.create(config.model.name, **shape, dtype=DTYPES[config.precision], **fields)
@@ -61,6 +62,10 @@ class ClassToImage:
         self.gradient = mean_gradient(self.loss)
         preview, names = getattr(self.source, "preview", None), self.source.class_names
         self.pipe = ClassPipeline(self.model, None, process, mesh=mesh, class_names=names, preview=preview)
+
+    def open_source(self) -> Source:
+        """Where records come from."""
+        return open_source(self.config)
 
     def given(self) -> Any:
         """The weights of init_from, in float32. ValueError when it holds another model."""
