@@ -134,6 +134,14 @@ def test_the_platform_that_a_program_is_traced_for_is_part_of_its_key():
     assert traced(0) == len(jax.default_backend())
 
 
+def test_a_models_work_is_the_same_on_every_platform():
+    model = jdiff.create("DiT-S/2", image_size=8, depth=2, width=64, heads=2, num_classes=10)
+    plain = model.macs()
+    for name in ("gpu", "tpu"):
+        with target.compiling_for(name):
+            assert model.macs() == plain
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [("v5:4x4", ["v5e", "v5p", "h100"]), ("h100x0", ["h100x8"]), ("v5e:0x4", ["v5e:4x4"]), ("b100x8", ["h100x8"])],
