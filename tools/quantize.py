@@ -115,6 +115,8 @@ def check(options: argparse.Namespace, recipes: list[str]) -> None:
     for name, why in (("balance", "how channels differ"), ("gptq", "what kernels' inputs are")):
         if getattr(options, name) and not options.calibrate:
             raise ValueError(f"--{name} needs --calibrate: {why} is seen on pictures")
+    if options.calibrate and not recipes:
+        raise ValueError("--calibrate is of a --recipe: give one")
     if "w8a8-static" in recipes and not options.calibrate:
         raise ValueError("--recipe w8a8-static needs --calibrate N: its steps are fixed by what is seen on pictures")
 
