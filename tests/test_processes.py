@@ -31,10 +31,21 @@ def numbers(count, limit=200):
 
 def start(commands, count, *arguments, devices=1, script="launch.py", each=None):
     """`count` processes of one command. each: more arguments of one of them, by its number."""
-    return [
-        commands.start(script, *arguments, *(each or {}).get(i, ()), *more, devices=devices)
-        for i, more in enumerate(numbers(count))
-    ]
+    for i, more in enumerate(numbers(count)):
+        STARTED.append(commands.start(script, *arguments, *(each or {}).get(i, ()), *more, devices=devices))
+    return STARTED[-count:]
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind():
+    """Whatever a test that failed has left running ends with it."""
+    yield
+    while STARTED:
+        if (process := STARTED.pop()).poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def ends(started, seconds=200):
