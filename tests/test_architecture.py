@@ -10,7 +10,7 @@ FLOORS = (
     *({"train"}, {"tasks"}, {"app", "evaluate"}, {"loading"}, {"pipelines"}, {"convert"}, {"checkpoint"}),
     *({"report"}, {"logbook", "meter", "interrupt", "runtime", "command"}, {"data"}, {"tokens"}, {"config"}),
     *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights"}),
-    *({"qtensor"}, {"convolution", "tree"}, {"paths", "version"}),
+    *({"qtensor"}, {"convolution", "tree"}, {"npz", "paths", "version"}),
 )
 """Top first. A module imports from floors below its own, a package also from itself."""
 LEVEL = {name: len(FLOORS) - i for i, floor in enumerate(FLOORS) for name in floor}

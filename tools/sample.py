@@ -203,13 +203,15 @@ def open_picture(path: Path, size: tuple[int, int] | None, resampling: Image.Res
 def write(options: argparse.Namespace, pictures_BHWC: np.ndarray, facts: list[dict[str, Any]], column: str) -> None:
     """Puts pictures and their facts where the options say."""
     from jdiff import pipelines
+    from jdiff.paths import whole
 
     count, run = len(pictures_BHWC), {"run": str(options.run)}
     each = [fact[column] for fact in facts]
     if options.npz:
         options.npz.parent.mkdir(parents=True, exist_ok=True)
         values = np.asarray(each, np.int32 if column == "labels" else None)
-        np.savez(options.npz, arr_0=pictures_BHWC, **{column: values})
+        with whole(options.npz) as partial, partial.open("wb") as file:
+            np.savez(file, arr_0=pictures_BHWC, **{column: values})
         print(f"{count} pictures: {options.npz}")
     if options.png_dir:
         width = max(5, math.ceil(math.log10(count + 1)))
