@@ -44,7 +44,7 @@ def prepare(devices: int | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     logging.getLogger("jax").setLevel(logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if jax.default_backend() == "cpu":
         keep_heap()
 
