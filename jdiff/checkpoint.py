@@ -13,12 +13,13 @@ The resume ladder, in this one place:
 4. when there are none: a fresh start.
 """
 
+import contextlib
 import importlib
 import json
 import logging
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +46,9 @@ class Damaged(CheckpointError):
 
 @cache
 def _orbax() -> Any:
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates each save through absl
+    logging.getLogger("absl").setLevel(
+        logging.CRITICAL
+    )  # orbax narrates through absl; its failures are told by us, in a line
     ocp = importlib.import_module("orbax.checkpoint")
     # by default each replica writes its part of every array, and a slice of each shape compiles: seconds for small ones
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SPLIT)
@@ -110,17 +113,32 @@ class Checkpoints:
         meta = json.loads(json.dumps(meta))
         meta["self"] = tree.digest(meta)
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items() if jax.tree.leaves(item)}
-        self.manager.check_for_errors()
-        self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **saves))
+        with self._writing():
+            self.manager.check_for_errors()
+            self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **saves))
 
     def wait(self) -> None:
-        """Blocks until every started save is durable."""
-        self.manager.wait_until_finished()
+        """Blocks until every started save is durable; CheckpointError when one failed."""
+        with self._writing():
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then lets go of Orbax's threads."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Waits, then lets go of Orbax's threads; CheckpointError when a save failed."""
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A failure to write, which Orbax may tell of by any exception, as a CheckpointError."""
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"a checkpoint in {self.workdir} could not be written ({_line(error)}); those that are there are whole: "
+                "make room or mend the disk, and the same command goes on from the newest"
+            ) from error
 
     def restore_newest(self, target: Callable[[dict[str, Any]], Items]) -> tuple[Items, dict[str, Any]] | None:
         """Climbs the resume ladder: (items, metadata) of the newest whole checkpoint, or None for a fresh start.
@@ -247,5 +265,6 @@ def restore(workdir: Path, step: int, target: Items, meta: dict[str, Any]) -> It
 
 
 def _line(error: BaseException) -> str:
-    """An exception as one short line."""
-    return (f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
+    """An exception as one short line: its beginning says what, its end why."""
+    line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return line if len(line) <= 300 else f"{line[:140]} … {line[-155:]}"

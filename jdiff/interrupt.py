@@ -3,9 +3,15 @@
 import contextlib
 import logging
 import signal
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Left(Exception):
+    """Work that a later start does again was left, since the run is to end."""
 
 
 class Stopped(Exception):
@@ -26,6 +32,13 @@ class Signals:
     def __enter__(self) -> "Signals":
         self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
+
+    def until_caught(self, items: Iterable[T]) -> Iterator[T]:
+        """The items as they come; `Left` is raised once a signal is caught."""
+        for item in items:
+            if self.caught is not None:
+                raise Left
+            yield item
 
     def __exit__(self, *_: object) -> None:
         for signum, old in self._old.items():

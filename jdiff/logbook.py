@@ -3,13 +3,14 @@
 import importlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from jdiff.paths import whole
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,8 @@ class Logbook:
         if not active:
             return
         kept = [record for record in read_metrics(self.path) if record["step"] <= start_step]
-        rewritten = self.path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(rewritten, self.path)
+        with whole(self.path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = self.path.open("a")
         if config["log.tensorboard"]:
             from tensorboard.summary import Writer

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jdiff.logbook import read_metrics
+from jdiff.paths import whole
 
 SPEED = {
     "steps_per_second": "steps/s",
@@ -75,9 +76,8 @@ td,th{{padding:0 1rem 0 0;text-align:left;font-size:13px}}td{{font-family:ui-mon
 .differs td{{background:#fff3c4}}.grids{{white-space:nowrap;overflow-x:auto}}</style>
 <h1>{title}</h1>{body}</html>
 """
-    partial_path = path.with_suffix(".tmp")
-    partial_path.write_text(page)
-    partial_path.replace(path)
+    with whole(path) as partial:
+        partial.write_text(page)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], marked: Sequence[bool] = ()) -> str:

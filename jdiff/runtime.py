@@ -55,7 +55,7 @@ def prepare(devices: int | None = None) -> None:
 def quiet() -> None:
     """Libraries that say only what is wrong."""
     logging.getLogger("jax").setLevel(logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def keep_heap() -> None:

@@ -22,8 +22,8 @@ import optax
 from jdiff import checkpoint, data, optim, sharding, target, tree
 from jdiff import config as configs
 from jdiff.evaluate.training import Scoring
-from jdiff.interrupt import Signals, Stopped
-from jdiff.logbook import Logbook
+from jdiff.interrupt import Left, Signals, Stopped
+from jdiff.logbook import Logbook, read_metrics
 from jdiff.meter import Meter, Window
 from jdiff.optim import Ema
 from jdiff.pipelines import save_png
@@ -348,15 +348,43 @@ class Run:
         facts = {**self.setup.facts(measures), "window": self.window.values}
         self.checkpoints.save(step, self.state.items(), facts)
 
-    def score(self, step: int) -> None:
-        """Scores of the average, as a record of their own."""
+    def score(self, step: int, signals: Signals) -> bool:
+        """Scores of the average, as a record of their own; False when a signal came and they are left to the next start."""
         assert self.setup.scoring is not None
-        self.book.write(step, self.setup.scoring(self.task.samples(self.average()), step), {})
+        samples = self.task.samples(self.average())
+        made = samples.made
+        assert made is not None
+        if jax.process_count() == 1:  # several would have to leave it at the same batch
+            samples = dataclasses.replace(samples, made=lambda first: signals.until_caught(made(first)))
+        try:
+            self.book.write(step, self.setup.scoring(samples, step), {})
+        except Left:
+            return False
+        return True
+
+    def catch_up(self, step: int, signals: Signals) -> None:
+        """What the step that the run goes on from was to leave, where the run ended between its save and that: scores, pictures.
+
+        `Stopped` when a signal comes before the scores are made.
+        """
+        config, told = self.config, read_metrics(self.workdir / "metrics.jsonl")
+        last = step == config.total_steps
+        if self.setup.scoring and (last or step % config.eval_every == 0):
+            records = [record for record in told if record["step"] == step]
+            made = any(config.eval.metrics[0] in record for record in records) or self.score(step, signals)
+            if not made and signals.caught is not None:
+                raise Stopped(signals.caught, step)
+        if (last or step % config.sample_every == 0) and not self.grid_path(step).exists():
+            self.sample(step, self.task.measure(self.average()))
+
+    def grid_path(self, step: int) -> Path:
+        """Where a step's pictures go."""
+        return self.workdir / "samples" / f"step_{step:08d}.png"
 
     def sample(self, step: int, measures: Mapping[str, float]) -> None:
         """The task's pictures from the average."""
         image, facts = self.task.grid(self.average())
-        self.last_grid = self.workdir / "samples" / f"step_{step:08d}.png"
+        self.last_grid = self.grid_path(step)
         if jax.process_index() == 0:
             save_png(image, self.last_grid, {"step": step, "seed": self.config.seed, **facts, **measures})
             self.book.picture(step, "samples", image)
@@ -387,6 +415,9 @@ def fit(config: configs.Config, workdir: Path, peers: Peers | None = None) -> Pa
             if setup.scoring:
                 with run.meter.paused():
                     _ = setup.scoring.reference  # now, so that a picture that cannot be read ends no long run
+            if start:
+                with run.meter.paused():
+                    run.catch_up(start, signals)
             pending: tuple[int, Mapping[str, jax.Array], jax.Array] | None = None
             for step in range(start + 1, config.total_steps + 1):
                 batch = next(batches)
@@ -403,19 +434,20 @@ def fit(config: configs.Config, workdir: Path, peers: Peers | None = None) -> Pa
                 run.meter.steps += 1
                 last, stop = step == config.total_steps, peers.stop(signals.caught, step)
                 saving = last or stop is not None or step % config.checkpoint_every == 0
-                sampling = stop is None and (last or step % config.sample_every == 0)
-                scoring = stop is None and bool(setup.scoring) and (last or step % config.eval_every == 0)
+                sampling = last or step % config.sample_every == 0
+                scoring = bool(setup.scoring) and (last or step % config.eval_every == 0)
                 if saving or sampling or scoring:
                     with run.meter.paused():
-                        measures = run.task.measure(run.average()) if saving or sampling else {}
+                        measures = run.task.measure(run.average())
                     run.read(*pending, batches.wait_seconds, measures if sampling else {})
                     pending = None
                     with run.meter.paused():
-                        if scoring:  # before the save: a run that is killed in it scores the step again
-                            run.score(step)
-                        if saving:
+                        # before the save: a run that is killed in it scores the step again
+                        if scoring and stop is None and not run.score(step, signals):
+                            stop = signals.caught
+                        if saving or stop is not None:
                             run.save(step, measures)
-                        if sampling:
+                        if sampling and stop is None:
                             run.sample(step, measures)
                 if stop is not None:
                     checkpoints.wait()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,24 @@ TINY = (
 """Overrides that make any DiT config a model of a second."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What the long run of faults takes: `pytest -m faults`."""
+    group = parser.getgroup("faults")
+    group.addoption("--kills", type=int, default=25, help="random faults to each kind of command")
+    group.addoption("--fault-seed", type=int, default=0, help="of their moments")
+    group.addoption("--soak-minutes", type=float, default=60, help="how long the soak trains")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of faults: each test's `record_property("fault", [case, expected, seen])`."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ()) if r.when == "call"]
+    rows = [(*row, r.outcome) for r in reports for name, row in r.user_properties if name == "fault"]
+    if rows:
+        terminalreporter.section("faults")
+        for row in [("case", "expected", "seen", ""), *rows]:
+            terminalreporter.write_line(" | ".join(map(str, row)))
+
+
 @dataclasses.dataclass
 class Commands:
     """Runs the project's scripts as processes of their own, with one compilation cache between them."""
@@ -49,10 +68,12 @@ class Commands:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
-    def start(self, script: str, *arguments: object, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen[str]:
-        """Starts `script` (a path below the repository, or `-c`) in a process group of its own."""
+    def start(
+        self, script: str, *arguments: object, devices: int = 1, cwd: Path = ROOT, output: Any = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
+        """Starts `script` (a path below the repository, or `-c`) in a process group of its own. output: of both streams."""
         command = [sys.executable, script if script == "-c" else str(ROOT / script), *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        pipes = {"stdout": output, "stderr": output, "text": True}
         return subprocess.Popen(command, cwd=cwd, env=self.environment(devices), start_new_session=True, **pipes)
 
     def run(self, script: str, *arguments: object, devices: int = 1, cwd: Path = ROOT, timeout: float = 300):

@@ -16,7 +16,7 @@ FLOORS = (
         {"config"},
     ),
     *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights", "gptq"}),
-    *({"qtensor"}, {"convolution", "tree"}, {"paths", "target", "version"}),
+    *({"qtensor"}, {"convolution", "tree"}, {"npz", "paths", "target", "version"}),
 )
 """Top first. A module imports from floors below its own, a package also from itself."""
 LEVEL = {name: len(FLOORS) - i for i, floor in enumerate(FLOORS) for name in floor}

@@ -137,8 +137,18 @@ def _flip(copy):
 def _say(key, value):
     def change(copy):
         content = json.loads((copy / "quantized.json").read_text())
+        del content["self"]
         content[key] = value
-        (copy / "quantized.json").write_text(json.dumps(content))
+        (copy / "quantized.json").write_text(json.dumps({**content, "self": tree.digest(content)}))
+
+    return change
+
+
+def _swap(old, new):
+    def change(copy):
+        text = (copy / "quantized.json").read_text()
+        assert old in text
+        (copy / "quantized.json").write_text(text.replace(old, new))
 
     return change
 
@@ -149,7 +159,8 @@ def _say(key, value):
         (_flip, "dit.safetensors is damaged: it is not what was written"),
         (lambda copy: (copy / "dit.safetensors").unlink(), "lacks dit.safetensors"),
         (lambda copy: (copy / "quantized.json").write_text("{"), "quantized.json cannot be read"),
-        (_say("format", 7), "has the format 7, not 1: use jdiff"),
+        (_say("format", 7), "has the format 7, not 2: use jdiff"),
+        (_swap("w8", "w4"), "quantized.json is damaged: it is not what was written"),
         (_say("models", {"dit": {"class": "DiT", "depth": 3, "width": 64, "heads": 2}}), "does not hold its DiT"),
         (_say("kernels", {"dit": {}}), "does not hold its DiT"),
         (_say("kernels", {}), "lacks what it should hold"),

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from jdiff import data
 from jdiff.data import latents
 from jdiff.data.packed import Texts
+from jdiff.paths import whole
 
 THREADS = 4
 """That decode pictures while the batch before is encoded."""
@@ -132,21 +132,10 @@ def open_pictures(src: str, image_size: int) -> data.Source:
     return data.open_source("imagefolder", path=src, image_size=image_size)
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside `path`, then renames: the file is there whole or not at all."""
-    partial_path = path.with_name("writing-" + path.name)
-    write(partial_path)
-    os.replace(partial_path, path)
-
-
 def save(path: Path, array: np.ndarray) -> None:
     """An .npy file, whole or not at all."""
-
-    def write(partial_path: Path) -> None:
-        with partial_path.open("wb") as file:
-            np.save(file, array)
-
-    write_whole(path, write)
+    with whole(path) as partial, partial.open("wb") as file:
+        np.save(file, array)
 
 
 def in_batches(items: Any, size: int) -> Iterator[Any]:
@@ -226,7 +215,8 @@ class Cache:
                 raise ValueError(f"{name} of shard {shard} are not finite in {self.dtype}: use --dtype float32")
             save(paths[name], whole)
         if self.source.has_captions:
-            write_whole(paths["captions"], Texts(texts).save)
+            with whole(paths["captions"]) as partial:
+                Texts(texts).save(partial)
         save(paths["labels"], np.asarray(labels, np.int32))
 
     def shape(self) -> tuple[int, int, int]:
@@ -267,9 +257,11 @@ def prepare(dest: Path, job: dict[str, Any]) -> None:
     job_file = dest / "job.json"
     if job_file.exists() and json.loads(job_file.read_text()) != job:
         raise ValueError(f"{dest} holds another cache ({job_file} differs from this command's): choose another folder")
-    if not job_file.exists() and any(dest.iterdir()):
+    # but for what a start that was killed at once has left
+    if not job_file.exists() and any(not path.name.startswith(".") for path in dest.iterdir()):
         raise ValueError(f"{dest} holds other files: choose another folder")
-    write_whole(job_file, lambda path: path.write_text(json.dumps(job)))
+    with whole(job_file) as partial:
+        partial.write_text(json.dumps(job))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -322,12 +314,14 @@ def run(options: argparse.Namespace) -> None:
         "preview": fit_preview(pairs).tolist(),
     }
     if source.has_captions:
-        write_whole(dest / "captions.npz", Texts(texts).save)
+        with whole(dest / "captions.npz") as partial:
+            Texts(texts).save(partial)
     if text:
         null = cache.null_context()
         save(dest / "null_context.npy", null)
         meta["context"] = {"shape": null.shape, "shard_counts": contexts, "text": text.digest}
-    write_whole(dest / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
+    with whole(dest / "meta.json") as partial:
+        partial.write_text(json.dumps(meta, indent=1))
     spread = float(np.concatenate([z.reshape(-1) for z, _ in pairs]).std())
     print(
         f"{len(everything):,} pictures, {cache.skipped} skipped, latents {h} x {w} x {c2 // 2}, whose means times the scaling "

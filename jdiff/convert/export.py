@@ -1,11 +1,9 @@
 """Writes a bundle: as a diffusers folder, DiT's .pt, CompVis' single file, or one safetensors file."""
 
-import contextlib
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from jdiff.convert.bundle import COMPONENTS, Bundle, Format, Part
 from jdiff.convert.engine import Naming
 from jdiff.convert.rows import refuse
 from jdiff.diffusion.schedulers import STABLE_DIFFUSION_V1
+from jdiff.paths import whole
 from jdiff.tokens import Tokenizer
 
 FORMATS = ("diffusers", "dit", "compvis", "safetensors")
@@ -89,26 +88,6 @@ def vacant(dest: Path) -> None:
     """ConversionError when something lies there already."""
     if dest.exists():
         raise refuse(f"{dest} exists: remove it or choose another place")
-
-
-@contextlib.contextmanager
-def whole(dest: Path) -> Iterator[Path]:
-    """Where to write a file or folder that appears at `dest` at the end, or not at all when something is raised."""
-    partial = dest.with_name(f".{dest.name}.partial")
-    _remove(partial)
-    try:
-        yield partial
-        os.replace(partial, dest)
-    except BaseException:
-        _remove(partial)
-        raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def needs(bundle: Bundle, dtype: Any = None) -> int:

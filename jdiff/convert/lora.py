@@ -20,7 +20,7 @@ from jdiff import tree
 from jdiff.convert import clip, lora_cells, lora_export, lora_names, lora_places
 from jdiff.convert.arrays import Array
 from jdiff.convert.engine import MOST, Naming
-from jdiff.convert.export import Report, vacant, whole
+from jdiff.convert.export import Report, vacant
 from jdiff.convert.lora_cells import Cell
 from jdiff.convert.lora_file import LoRAFile, Stored, listed, read
 from jdiff.convert.lora_names import FORMATS, Format
@@ -28,6 +28,7 @@ from jdiff.convert.lora_places import Leaf
 from jdiff.convert.namings import namings, prefixed
 from jdiff.convert.rows import ConversionError, refuse
 from jdiff.lora import by_path
+from jdiff.paths import whole
 
 __all__ = ["Format", "Landing", "LoRAFile", "fit", "from_adapters", "land", "read", "write"]
 

@@ -3,9 +3,9 @@ a text model's tokenizer/.
 
 quantized.json: `format`, `jdiff_version`, `recipe`, `balanced`, `models` (name -> `models.describe`), `kernels` (model -> path ->
 {"bits", "integer", "sizes"}: see `QTensor`), `digests` (model -> fingerprint of what it was before), `sha256` (file -> sum),
-and `facts`: what a pipeline takes besides, the caller's. A kernel at PATH is two arrays, PATH/qvalue and PATH/scale, and a third,
-PATH/step, where the activations' is static; what is not quantized is one, at PATH. Integers of 4 bits are two to a byte, neighbours
-of the input axis, the first in the low half.
+`facts`: what a pipeline takes besides, the caller's, and `self`, the digest of all that. A kernel at PATH is two arrays,
+PATH/qvalue and PATH/scale, and a third, PATH/step, where the activations' is static; what is not quantized is one, at PATH.
+Integers of 4 bits are two to a byte, neighbours of the input axis, the first in the low half.
 """
 
 import hashlib
@@ -22,11 +22,12 @@ from jdiff import models, quant, tree, weights
 from jdiff.convert import engine, export, files, tensors
 from jdiff.convert.arrays import Lazy
 from jdiff.convert.rows import refuse
+from jdiff.paths import whole
 from jdiff.qtensor import QTensor
 from jdiff.tokens import Tokenizer
 from jdiff.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 Models = dict[str, tuple[Any, Any]]
 
 
@@ -47,7 +48,7 @@ def write(
     dest.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "jdiff_version": __version__, **record, "kernels": {}, "sha256": {}}
     content["models"] = {name: models.describe(module) for name, (module, _) in found.items()}
-    with export.whole(dest) as partial:
+    with whole(dest) as partial:
         partial.mkdir()
         for name, (_, params) in found.items():
             arrays, content["kernels"][name] = _flat(params)
@@ -55,7 +56,9 @@ def write(
             content["sha256"][file] = tensors.write(partial / file, arrays, {"format": "jdiff"}, after=after)
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer")
-        (partial / files.QUANTIZED).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        content = json.loads(json.dumps(content))
+        text = json.dumps({**content, "self": tree.digest(content)}, indent=1)
+        (partial / files.QUANTIZED).write_text(text + "\n", encoding="utf-8")
     return content["sha256"]
 
 
@@ -111,6 +114,8 @@ def read(folder: Path) -> tuple[Models, dict[str, Any]]:
         raise refuse(
             f"{folder} has the format {content.get('format')}, not {FORMAT}: use jdiff {content.get('jdiff_version')}"
         )
+    if content.pop("self", None) != tree.digest(content):
+        raise refuse(f"{folder / files.QUANTIZED} is damaged: it is not what was written")
     found: Models = {}
     try:
         for name, record in content["models"].items():

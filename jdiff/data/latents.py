@@ -15,6 +15,7 @@ import numpy as np
 
 from jdiff.data.packed import Texts
 from jdiff.data.source import DataError
+from jdiff.npz import mapped
 
 FORMAT = 1
 
@@ -54,33 +55,40 @@ class Latents:
 
     def __init__(self, path: str):
         self.root, meta = Path(path), read_meta(path)
-        h, w, c = meta["shape"]
-        self.shape: tuple[int, int, int] = (h, w, c)
-        self.class_names, self.fingerprint = meta["class_names"], meta["fingerprint"]
-        self.has_captions = bool(meta.get("captions"))
-        self._scale, self._counts = float(meta["scaling_factor"]), meta["shard_counts"]
-        self._matrix = np.asarray(meta["preview"])
-        self._starts = np.cumsum([0, *self._counts])
+        try:
+            h, w, c = map(int, meta["shape"])
+            self.shape: tuple[int, int, int] = (h, w, c)
+            self.class_names, self.fingerprint = list(map(str, meta["class_names"])), str(meta["fingerprint"])
+            self.has_captions, texts = bool(meta.get("captions")), meta.get("context")
+            self._scale, self._counts = float(meta["scaling_factor"]), list(map(int, meta["shard_counts"]))
+            self._matrix = np.asarray(meta["preview"], np.float64).reshape(c + 1, 3)
+            self._starts = np.cumsum([0, *self._counts])
+            of_texts = (list(map(int, texts["shard_counts"])), tuple(map(int, texts["shape"]))) if texts else None
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            what = f"{self.root / 'meta.json'} lacks what it should hold ({error!r})"
+            raise DataError(f"{what}; make the cache anew with tools/cache_latents.py") from error
         self._moments = Shards(self.root, "moments", self._counts, (2, h, w, 2 * c))
         self._captions, self._contexts, self.null_context = None, None, None
         try:
-            self.labels = np.load(self.root / "labels.npy")
+            self.labels = np.array(mapped(self.root / "labels.npy"))
             if self.has_captions:
                 self._captions = Texts.load(self.root / "captions.npz")
-            if meta.get("context"):
-                self.null_context = np.load(self.root / "null_context.npy").astype(np.float32)
-        except (OSError, ValueError, EOFError) as error:
+            if of_texts:
+                self.null_context = mapped(self.root / "null_context.npy").astype(np.float32)
+        except ValueError as error:
             raise DataError(
                 f"data.path={path!r}: labels, captions or null_context cannot be read ({error}); make the cache anew"
             ) from error
-        if self.labels.shape != (self._starts[-1],):
+        classes = len(self.class_names)
+        fits = self.labels.dtype.kind == "i" and ((self.labels >= 0) & (self.labels < classes)).all()
+        if self.labels.shape != (self._starts[-1],) or not fits:
             raise DataError(f"data.path={path!r}: labels.npy is not of {self._starts[-1]} labels; make the cache anew")
         if self._captions is not None and len(self._captions) != len(self.labels):
             raise DataError(
                 f"data.path={path!r}: captions.npz is not of {len(self.labels)} records; make the cache anew"
             )
-        if self.null_context is not None:
-            counts, shape = meta["context"]["shard_counts"], tuple(meta["context"]["shape"])
+        if self.null_context is not None and of_texts:
+            counts, shape = of_texts
             if self.null_context.shape != shape:
                 raise DataError(
                     f"data.path={path!r}: null_context.npy is not of the shape {shape}; make the cache anew"
@@ -141,8 +149,8 @@ class Shards:
         if self._arrays is None:
             try:
                 paths = [shard_path(self._root, i, self._name) for i in range(len(self._counts))]
-                self._arrays = [np.load(path, mmap_mode="r") for path in paths]
-            except (OSError, ValueError, EOFError) as error:
+                self._arrays = [mapped(path) for path in paths]
+            except ValueError as error:
                 raise DataError(
                     f"data.path={str(self._root)!r}: a shard cannot be read ({error}); make the cache anew"
                 ) from error

@@ -1,10 +1,11 @@
 """Many strings in one buffer of bytes, so that a million cost little and are sent to a worker quickly."""
 
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from jdiff.npz import Npz
 
 
 class Packed:
@@ -72,11 +73,11 @@ class Texts:
         """What `save` wrote; OSError or ValueError when it is something else."""
         texts = Texts([])
         try:
-            arrays = np.load(path)
-            texts._flat.buffer = arrays["buffer"].tobytes()
-            texts._flat.offsets, texts._starts = arrays["offsets"], arrays["starts"]
+            with Npz(path) as arrays:
+                texts._flat.buffer = arrays["buffer"].tobytes()
+                texts._flat.offsets, texts._starts = arrays["offsets"], arrays["starts"]
             whole = (len(texts._flat.buffer), len(texts._flat)) == (texts._flat.offsets[-1], texts._starts[-1])
-        except (IndexError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (IndexError, KeyError, TypeError) as error:
             raise ValueError(f"{path.name} holds something else: {error}") from error
         if not whole:
             raise ValueError(f"{path.name} holds something else: its parts do not fit together")

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from jax.sharding import Mesh
 
 from jdiff import tree
 from jdiff.evaluate.features import Features, Network
+from jdiff.npz import Npz
+from jdiff.paths import whole
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,10 @@ def _name(first: int) -> str:
 
 def _write(path: Path, part: Mapping[str, np.ndarray]) -> None:
     """A batch's file, whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("wb") as file:
+    with whole(path) as partial, partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **part)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _read(place: Path, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -68,9 +67,9 @@ def _read(place: Path, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
     done = 0
     while (path := place / _name(done)).is_file():
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with Npz(path) as file:
                 part = {name: file[name] for name in names}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError) as error:
             log.warning("%s is damaged, and made again: %s", path, error)
             return
         yield part

@@ -15,6 +15,8 @@ from jdiff.data import BrokenRecord, DataError
 from jdiff.data.imagefolder import ImageFolder
 from jdiff.evaluate.moments import Moments
 from jdiff.evaluate.scores import Reference
+from jdiff.npz import Npz
+from jdiff.paths import whole
 
 BATCH = 256
 """Pictures read at once."""
@@ -44,15 +46,13 @@ class Stored:
             if "arr_0" not in file:
                 raise DataError(f"{path} holds {sorted(file)}, and pictures are in arr_0")
             self.prompts = [str(text) for text in file["prompt"]] if "prompt" in file else None
-        archive = zipfile.ZipFile(path)
-        self._path, self._file = path, archive.open("arr_0.npy")
-        version = np.lib.format.read_magic(self._file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(self._file)
+            self.fingerprint = f"{file.info('arr_0').CRC:08x}"
+        stored = _npz(path)  # stays open, for one picture after another
+        self._path, self._file = path, stored.open("arr_0")
+        shape, fortran, dtype = stored.header("arr_0", self._file)
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
             raise DataError(f"{path}: arr_0 is {dtype}{list(shape)}, not uint8 (N, H, W, 3)")
         self._count, self.shape, self._start = shape[0], (shape[1], shape[2], shape[3]), self._file.tell()
-        self.fingerprint = f"{archive.getinfo('arr_0.npy').CRC:08x}"
 
     def __len__(self) -> int:
         return self._count
@@ -150,7 +150,8 @@ def save_moments(path: Path, reference: Reference) -> None:
         moments: Moments | None = getattr(reference, field)
         if moments is not None:
             arrays |= {mu: moments.mean_D, sigma: moments.covariance_DD}
-    np.savez(path, **arrays)
+    with whole(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def moments_of(path: str) -> Reference | None:
@@ -175,11 +176,8 @@ def holds_pictures(path: str) -> bool:
         return "arr_0" in file
 
 
-def _npz(path: str) -> np.lib.npyio.NpzFile:
+def _npz(path: str) -> Npz:
     try:
-        file = np.load(Path(path), allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise DataError(f"{path} is no .npz")
-    return file
+        return Npz(path)
+    except ValueError as error:
+        raise DataError(str(error)) from error

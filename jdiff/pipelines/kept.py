@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jdiff import tree
+from jdiff.paths import whole
 
 
 class KeptPictures:
@@ -29,12 +30,10 @@ class KeptPictures:
         if not self.done:
             self.place.mkdir(parents=True, exist_ok=True)
             (self.place / "facts.json").write_text(json.dumps(self._facts, indent=2) + "\n")
-        partial = self.place / "next.tmp"
-        with partial.open("wb") as file:
+        with whole(self._file(self.done)) as partial, partial.open("wb") as file:
             np.save(file, pictures_BHWC)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self._file(self.done))
         self.done += len(pictures_BHWC)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -58,8 +57,7 @@ class KeptPictures:
 def write_npz(path: Path, parts: Iterable[np.ndarray], count: int, columns: Mapping[str, np.ndarray]) -> None:
     """`count` pictures that come in parts as `arr_0` of an npz, and columns beside them; never all in memory at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for i, part in enumerate(parts):
                 if i == 0:
@@ -70,4 +68,3 @@ def write_npz(path: Path, parts: Iterable[np.ndarray], count: int, columns: Mapp
         for name, values in columns.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.save(file, values)
-    partial.replace(path)

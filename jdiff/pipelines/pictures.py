@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from jdiff.paths import whole
+
 
 def to_uint8(x_BHWC: np.ndarray) -> np.ndarray:
     """[-1, 1] -> 0..255, rounded; FloatingPointError when a number is not finite."""
@@ -45,6 +47,5 @@ def save_png(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
     info = PngInfo()
     info.add_text("jdiff", json.dumps(facts))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".tmp")
-    image.save(partial_path, format="PNG", pnginfo=info)
-    partial_path.replace(path)
+    with whole(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info)

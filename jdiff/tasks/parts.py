@@ -1,7 +1,6 @@
 """What a text task starts from: its models, with the weights that they have already, and its tokenizer."""
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from jdiff import config as configs
 from jdiff.convert.arrays import is_float
 from jdiff.data import BrokenRecord, Source
 from jdiff.loading import Opened, open_checkpoint, tokenizer_folder
+from jdiff.paths import whole
 from jdiff.tokens import Tokenizer
 
 
@@ -108,10 +108,8 @@ def find_tokenizer(config: Any, base: Opened | None, source: Source, workdir: Pa
         )
     if kept is not None and jax.process_index() == 0:
         shutil.rmtree(kept, ignore_errors=True)  # of a start that did not come to a checkpoint
-        partial_path = kept.with_name("tokenizer.tmp")
-        shutil.rmtree(partial_path, ignore_errors=True)
-        tokenizer.save(partial_path)
-        os.replace(partial_path, kept)
+        with whole(kept) as partial:
+            tokenizer.save(partial)
     return tokenizer
 
 

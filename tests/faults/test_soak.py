@@ -1,0 +1,88 @@
+"""A long run grows by nothing: memory, threads, open files, processes, temporary files.
+
+pytest -m faults tests/faults/test_soak.py --soak-minutes 60
+"""
+
+import os
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from jdiff import checkpoint
+
+DEVICES = 8
+MOST_GROWTH = 50 * 2**20
+"""Bytes of resident memory, from a quarter of the time to the end."""
+
+
+def look(pid):
+    """Resident bytes, threads, open files and children of a process."""
+    here = Path("/proc") / str(pid)
+    status = dict(line.split(":", 1) for line in (here / "status").read_text().splitlines() if ":" in line)
+    children = [c for task in (here / "task").iterdir() for c in (task / "children").read_text().split()]
+    return {
+        "memory": int(status["VmRSS"].split()[0]) * 1024,
+        "threads": int(status["Threads"]),
+        "files": len(os.listdir(here / "fd")),
+        "children": len(children),
+    }
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_soak_leaves_nothing_behind(commands, image_folder, tmp_path, monkeypatch, request, record_property):
+    seconds = 60 * request.config.getoption("soak_minutes")
+    temporary, run, classifier = tmp_path / "tmp", tmp_path / "run", tmp_path / "classifier"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    folder = ("--config.data.name=imagefolder", f"--config.data.path={image_folder}", "--config.log.tensorboard=false")
+    small = (
+        "--config.data.image_size=16",
+        "--config.model.widths=8,16",
+        "--config.batch_size=8",
+        "--config.total_steps=2",
+    )
+    made = commands.run(
+        *("launch.py", "--config", "configs/classifier_openmoji.py", "--workdir", classifier, *small, *folder),
+        "--config.data.split=all",
+    )
+    assert made.returncode == 0, made.stderr
+    keys = {"total_steps": 10**8, "checkpoint_every": 100, "sample_every": 100, "eval_every": 200, "log_every": 10}
+    keys |= {"eval.network": classifier, "eval.num": 32, "eval.resamples": 2, "data.workers": 2, "keep": 3}
+    flags = [f"--config.{key}={value}" for key, value in keys.items()]
+    command = ("launch.py", "--config", "configs/dit_s2.py", "--workdir", run, *TINY, *folder, *flags)
+    with (tmp_path / "log").open("w") as log:
+        process = commands.start(*command, devices=DEVICES, output=log)
+    try:
+        while len(checkpoint.steps(run)) < 2:  # compiled, saved, sampled, scored
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(1)
+        start, seen = time.monotonic(), []
+        while time.monotonic() < start + seconds:
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            seen.append(look(process.pid))
+            time.sleep(max(0.5, seconds / 1000))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 143, (tmp_path / "log").read_text()[-3000:]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    few = max(1, len(seen) // 20)
+    quarter, end = seen[len(seen) // 4 :][:few], seen[-few:]
+    middle = lambda part, key: statistics.median(one[key] for one in part)  # noqa: E731
+    grown = {key: middle(end, key) - middle(quarter, key) for key in seen[0]}
+    steps = checkpoint.steps(run)[-1]
+    what = ", ".join(f"{key} {middle(quarter, key):.0f} -> {middle(end, key):.0f}" for key in grown)
+    record_property("fault", [f"soak of {seconds / 60:.0f} minutes, {steps} steps", "nothing grows", what])
+    assert grown["memory"] < MOST_GROWTH, what
+    assert all(grown[key] <= 0 for key in ("threads", "files", "children")), what
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    left = [
+        p for p in (*temporary.rglob("*"), *run.rglob("*")) if p.name.endswith((".partial", ".tmp")) or "tmp-" in p.name
+    ]
+    assert not left and not [p for p in temporary.rglob("*") if p.is_file()]
