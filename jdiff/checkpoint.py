@@ -14,6 +14,7 @@ The resume ladder, in this one place:
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import logging
@@ -112,7 +113,9 @@ class Checkpoints:
         }
         meta = json.loads(json.dumps(meta))
         meta["self"] = tree.digest(meta)
-        saves = {name: ocp.args.StandardSave(item) for name, item in items.items() if jax.tree.leaves(item)}
+        saves = {
+            name: ocp.args.StandardSave(_without_hollow(item)) for name, item in items.items() if jax.tree.leaves(item)
+        }
         with self._writing():
             self.manager.check_for_errors()
             self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **saves))
@@ -262,6 +265,12 @@ def restore(workdir: Path, step: int, target: Items, meta: dict[str, Any]) -> It
         if value != meta["checksums"][path]:
             raise Damaged(f"checkpoint {folder} is damaged: the checksum of {path} does not agree")
     return items
+
+
+def _without_hollow(item: Any) -> Any:
+    """The tree with None for what stands for one array, such as a `QTensor`, and holds none: so are the shapes to restore into."""
+    hollow = lambda node: dataclasses.is_dataclass(node) and not jax.tree.leaves(node)  # noqa: E731
+    return jax.tree.map(lambda node: None if hollow(node) else node, item, is_leaf=hollow)
 
 
 def _line(error: BaseException) -> str:

@@ -296,7 +296,11 @@ def resume(setup: Setup, checkpoints: checkpoint.Checkpoints) -> tuple[TrainStat
         return setup.fresh_state(), Window()
     items, meta = found
     log.info("resumed from step %d of %s", meta["step"], checkpoints.workdir)
-    return TrainState.from_items(items, setup.base()), Window(meta["window"])
+    state = TrainState.from_items(items, setup.base())
+    # a base of `QTensor`s leaves places of several arrays in what is trained, and so in its moments, which a checkpoint has as one
+    places = jax.tree.structure(jax.eval_shape(setup.tx.init, state.params))
+    state = dataclasses.replace(state, opt_state=jax.tree.unflatten(places, jax.tree.leaves(state.opt_state)))
+    return state, Window(meta["window"])
 
 
 class Run:

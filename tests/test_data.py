@@ -157,7 +157,7 @@ def test_a_folder_of_broken_pictures_alone_ends_at_once(tmp_path, workers):
 @pytest.mark.parametrize(
     ("name", "path", "words"),
     [
-        ("imagfolder", "x", "openmoji, imagefolder, tfds or latents"),
+        ("imagfolder", "x", "openmoji, imagefolder, tfds, latents or noise"),
         ("imagefolder", None, "data.path is missing"),
         ("imagefolder", "{tmp}/none", "does not exist"),
         ("imagefolder", "{tmp}", "holds no pictures"),

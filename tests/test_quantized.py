@@ -2,6 +2,7 @@
 needed."""
 
 import json
+import shutil
 from unittest import mock
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from tiny_sd import make_folder
 
 import jdiff
-from jdiff import convert, loading, lora, models, train, tree, weights
+from jdiff import checkpoint, convert, loading, lora, models, train, tree, weights
 from jdiff.convert import quantized
 from jdiff.qtensor import QTensor
 
@@ -214,6 +215,10 @@ def test_adapters_are_trained_over_it(run, class_config, tmp_path):
     base = setup.fresh_state().base
     assert {str(leaf.dtype) for path, leaf in tree.flatten(base).items() if path.endswith("qvalue")} == {"int8"}
     train.fit(config, tmp_path / "adapters")
+    shutil.copytree(tmp_path / "adapters", tmp_path / "resumed")
+    config.total_steps = 5
+    train.fit(config, tmp_path / "resumed")
+    assert checkpoint.steps(tmp_path / "resumed") == [4, 5]
     plain, adapted, again = (
         jdiff.pipeline(copy, **more)(**LABELS)
         for more in ({}, {"lora": [tmp_path / "adapters"]}, {"lora": [(tmp_path / "adapters", 0.0)]})
