@@ -69,10 +69,10 @@ def serve(options: argparse.Namespace) -> int:
         footer_links=["api"],
         quiet=True,
     )
-    print(f"listening on http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too where a shell started this with it ignored
         signal.signal(number, lambda *_: ended.set())
+    print(f"listening on http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
     ended.wait()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
     page.close(verbose=False)
