@@ -14,7 +14,6 @@ The resume ladder, in this one place:
 """
 
 import contextlib
-import dataclasses
 import importlib
 import json
 import logging
@@ -47,9 +46,8 @@ class Damaged(CheckpointError):
 
 @cache
 def _orbax() -> Any:
-    logging.getLogger("absl").setLevel(
-        logging.CRITICAL
-    )  # orbax narrates through absl; its failures are told by us, in a line
+    # orbax narrates through absl; its failures are told by us, in a line
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     ocp = importlib.import_module("orbax.checkpoint")
     # by default each replica writes its part of every array, and a slice of each shape compiles: seconds for small ones
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SPLIT)
@@ -113,9 +111,7 @@ class Checkpoints:
         }
         meta = json.loads(json.dumps(meta))
         meta["self"] = tree.digest(meta)
-        saves = {
-            name: ocp.args.StandardSave(_without_hollow(item)) for name, item in items.items() if jax.tree.leaves(item)
-        }
+        saves = {name: ocp.args.StandardSave(item) for name, item in items.items() if jax.tree.leaves(item)}
         with self._writing():
             self.manager.check_for_errors()
             self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **saves))
@@ -265,12 +261,6 @@ def restore(workdir: Path, step: int, target: Items, meta: dict[str, Any]) -> It
         if value != meta["checksums"][path]:
             raise Damaged(f"checkpoint {folder} is damaged: the checksum of {path} does not agree")
     return items
-
-
-def _without_hollow(item: Any) -> Any:
-    """The tree with None for what stands for one array, such as a `QTensor`, and holds none: so are the shapes to restore into."""
-    hollow = lambda node: dataclasses.is_dataclass(node) and not jax.tree.leaves(node)  # noqa: E731
-    return jax.tree.map(lambda node: None if hollow(node) else node, item, is_leaf=hollow)
 
 
 def _line(error: BaseException) -> str:

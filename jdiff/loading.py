@@ -211,8 +211,10 @@ def quantized(
         raise ValueError(
             f"quantize={recipe!r}: recipes are for {' and '.join(rules)}, and this is a model of {opened.main}"
         )
-    if opened.scales is not None and opened.meta is not None and recipe != opened.meta["config"]["quant"]["recipe"]:
-        trained = opened.meta["config"]["quant"]["recipe"]
+    trained = (
+        opened.meta["config"]["quant"]["recipe"] if opened.meta is not None and opened.scales is not None else recipe
+    )
+    if recipe != trained:
         raise ValueError(f"quantize={recipe!r}: this run has learned scales for {trained}: use that")
     paths = [entry[0] if isinstance(entry, tuple) else entry for entry in loras or ()]
     fingerprints = loras is None or any((Path(path) / "checkpoints").is_dir() for path in paths)

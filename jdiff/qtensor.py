@@ -85,9 +85,23 @@ class QTensor:
         return self.scale.dtype
 
 
+class OfKernel:
+    """What stands for the kernel `w` that it holds: its shape and its dtype."""
+
+    w: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.w.dtype
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["w", "scale"], meta_fields=["scheme", "sizes"])
 @dataclasses.dataclass(eq=False)
-class Rounded:
+class Rounded(OfKernel):
     """A float kernel in training that acts as the QTensor it would become; its gradient goes straight through the rounding.
 
     scale: learned, as a QTensor's, by LSQ (see `_learn`); None: made of the kernel at each use.
@@ -98,18 +112,10 @@ class Rounded:
     sizes: tuple[int, ...] = ()
     scale: Any = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.w.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
-
 
 @partial(jax.tree_util.register_dataclass, data_fields=["w", "found"], meta_fields=["see"])
 @dataclasses.dataclass(eq=False)
-class Observed:
+class Observed(OfKernel):
     """A kernel whose product is looked at: whatever is differentiated, the gradient by `found`, arrays of any values, is what `see`
     makes of the inputs (..., C) and the product (..., D). w: array or QTensor."""
 
@@ -117,31 +123,15 @@ class Observed:
     found: Any
     see: See
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.w.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
-
 
 @partial(jax.tree_util.register_dataclass, data_fields=["w", "q", "on"], meta_fields=[])
 @dataclasses.dataclass(eq=False)
-class Either:
+class Either(OfKernel):
     """A kernel in floats, and rounded, of which the second is used where `on` is true, so that one program tries each alone."""
 
     w: Any
     q: QTensor
     on: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.w.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
 
 
 Kernel: TypeAlias = QTensor | Rounded | Observed | Either

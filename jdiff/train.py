@@ -60,7 +60,7 @@ class TrainState:
     @classmethod
     def from_items(cls, items: Mapping[str, Any], base: Any) -> "TrainState":
         """Undoes `items`."""
-        empty = jax.tree.map(lambda _: None, base)
+        empty, _ = tree.set_apart(base, r".*")
         params, frozen, average = ({**empty, **items[name]} for name in ("params", "frozen", "ema_params"))
         return cls(items["progress"]["step"], params, frozen, base, items["progress"]["opt_state"], average)
 
@@ -296,11 +296,7 @@ def resume(setup: Setup, checkpoints: checkpoint.Checkpoints) -> tuple[TrainStat
         return setup.fresh_state(), Window()
     items, meta = found
     log.info("resumed from step %d of %s", meta["step"], checkpoints.workdir)
-    state = TrainState.from_items(items, setup.base())
-    # a base of `QTensor`s leaves places of several arrays in what is trained, and so in its moments, which a checkpoint has as one
-    places = jax.tree.structure(jax.eval_shape(setup.tx.init, state.params))
-    state = dataclasses.replace(state, opt_state=jax.tree.unflatten(places, jax.tree.leaves(state.opt_state)))
-    return state, Window(meta["window"])
+    return TrainState.from_items(items, setup.base()), Window(meta["window"])
 
 
 class Run:

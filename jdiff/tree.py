@@ -4,6 +4,7 @@ LoRA targets, quantization rules, sharding rules, decay masks and key tables all
 whole path; the first match wins; a path that no rule matches is an error. Nothing here knows a model.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import re
@@ -68,10 +69,13 @@ def apply_rules(rules: Rules[T], tree: Tree) -> Tree:
 
 
 def partition(tree: Tree, chosen: Tree) -> tuple[Tree, Tree]:
-    """Splits a tree by a tree of booleans: (leaves that are chosen, the others), None in the places left out."""
+    """Splits a tree by a tree of booleans: (leaves that are chosen, the others), None in the places left out, also of what stands
+    for one array (a `QTensor`) where all of it is left out: so the halves look alike whatever the arrays are held in."""
     yes = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, chosen)
     no = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, chosen)
-    return yes, no
+    hollow = lambda node: dataclasses.is_dataclass(node) and not jax.tree.leaves(node)  # noqa: E731
+    close = lambda half: jax.tree.map(lambda x: None if hollow(x) else x, half, is_leaf=hollow)  # noqa: E731
+    return close(yes), close(no)
 
 
 def set_apart(tree: Tree, pattern: str) -> tuple[Tree, Tree]:
@@ -81,8 +85,17 @@ def set_apart(tree: Tree, pattern: str) -> tuple[Tree, Tree]:
 
 def merge(*trees: Tree) -> Tree:
     """Undoes `partition`: at each place the first leaf that is not None."""
-    is_none = lambda leaf: leaf is None  # noqa: E731
-    return jax.tree.map(lambda *leaves: next((x for x in leaves if x is not None), None), *trees, is_leaf=is_none)
+    whole = lambda node: node is None or dataclasses.is_dataclass(node)  # noqa: E731
+
+    def first(*nodes: Any) -> Any:
+        there = [node for node in nodes if node is not None]
+        if len(there) < 2 or not dataclasses.is_dataclass(there[0]):
+            return there[0] if there else None
+        opened = [jax.tree.flatten(node, is_leaf=lambda part, node=node: part is not node) for node in there]
+        parts = zip(*(parts for parts, _ in opened), strict=True)
+        return jax.tree.unflatten(opened[0][1], [merge(*part) for part in parts])
+
+    return jax.tree.map(first, *trees, is_leaf=whole)
 
 
 def count(tree: Tree) -> int:

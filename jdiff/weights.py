@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jdiff import qtensor, tree
 from jdiff.convolution import convolve
-from jdiff.qtensor import QTensor
+from jdiff.qtensor import OfKernel, QTensor
 
 
 @partial(
@@ -23,7 +23,7 @@ from jdiff.qtensor import QTensor
     meta_fields=["rate", "index"],
 )
 @dataclasses.dataclass(eq=False)
-class LoRAWeight:
+class LoRAWeight(OfKernel):
     """A frozen kernel with a low-rank side branch that is never formed (arXiv:2106.09685; as peft computes it):
 
         y = x w + strength * ((x a * scale) b)
@@ -49,14 +49,6 @@ class LoRAWeight:
     key: Any = None
     rate: float = 0.0
     index: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.w.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.w.dtype
 
 
 Weight: TypeAlias = jax.Array | qtensor.Kernel | LoRAWeight

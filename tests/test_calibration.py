@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_pictures
+from tiny_dit import contrasting_dit
 from tiny_sd import make_folder
 
 import jdiff
-from jdiff import models, qtensor, quant, weights
+from jdiff import qtensor, quant, weights
 from jdiff.data import DataError, open_source
 from jdiff.diffusion.process import Process
 from jdiff.evaluate import calibration
@@ -27,19 +28,7 @@ def _normal(*shape, seed=0):
 @pytest.fixture(scope="module")
 def pipe():
     """A DiT of flow matching with random weights of some contrast."""
-    fields = {
-        "image_size": 8,
-        "channels": 3,
-        "num_classes": 4,
-        "width": 64,
-        "depth": 2,
-        "heads": 2,
-        "learn_sigma": False,
-    }
-    model, rng = models.create("DiT-S/2", **fields), np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())["params"]
-    leaf = lambda x: jnp.asarray(rng.normal(size=x.shape) / np.sqrt(np.prod(x.shape[-2:-1])), x.dtype)  # noqa: E731
-    return ClassPipeline(model, jax.tree.map(leaf, shapes), Process(None))
+    return contrasting_dit(Process(None))[0]
 
 
 @pytest.fixture(scope="module")

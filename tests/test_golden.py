@@ -3,35 +3,23 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny_dit import contrasting_dit
 from tiny_sd import make_folder
 
 import jdiff
-from jdiff import loading, models, quant
+from jdiff import loading, quant
 from jdiff.convert import ConversionError
 from jdiff.diffusion.process import Process
 from jdiff.evaluate import calibration, golden
 from jdiff.evaluate.subject import Classes, Texts
-from jdiff.pipelines import ClassPipeline
 
 
 def _classes(recipe):
-    fields = {
-        "image_size": 8,
-        "channels": 3,
-        "num_classes": 4,
-        "width": 64,
-        "depth": 2,
-        "heads": 2,
-        "learn_sigma": False,
-    }
-    model, rng = models.create("DiT-S/2", **fields), np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())["params"]
-    leaf = lambda x: jnp.asarray(rng.normal(size=x.shape) / np.sqrt(np.prod(x.shape[-2:-1])), x.dtype)  # noqa: E731
-    subject = Classes(ClassPipeline(model, jax.tree.map(leaf, shapes), Process(None)), [1, 3])
+    pipe, rng = contrasting_dit(Process(None))
+    subject = Classes(pipe, [1, 3])
     rules, peaks = quant.RECIPES[recipe]["dit"], None
     if recipe == "w8a8-static":
         x_0 = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)

@@ -1,15 +1,14 @@
 """GPTQ against the paper's loop in numpy float64, and what it is for: less error in products with inputs like those seen."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_dit import contrasting_dit
 
-from jdiff import gptq, models, qtensor, quant
+from jdiff import gptq, qtensor, quant
 from jdiff.diffusion.process import Process
 from jdiff.evaluate import calibration
 from jdiff.evaluate.subject import Classes
-from jdiff.pipelines import ClassPipeline
 from jdiff.qtensor import Scheme
 
 SCHEMES = {"w4": Scheme(bits=4, group=64), "w8": Scheme()}
@@ -67,19 +66,8 @@ def test_inputs_without_any_relation_change_nothing():
 
 def test_a_model_errs_less():
     """On inputs that it was not calibrated on; layer by layer as the one kernel."""
-    fields = {
-        "image_size": 8,
-        "channels": 3,
-        "num_classes": 4,
-        "width": 64,
-        "depth": 2,
-        "heads": 2,
-        "learn_sigma": False,
-    }
-    model, rng = models.create("DiT-S/2", **fields), np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())["params"]
-    leaf = lambda x: jnp.asarray(rng.normal(size=x.shape) / np.sqrt(np.prod(x.shape[-2:-1])), x.dtype)  # noqa: E731
-    subject = Classes(ClassPipeline(model, jax.tree.map(leaf, shapes), Process(None)), [0, 1, 2, 3])
+    pipe, rng = contrasting_dit(Process(None))
+    subject = Classes(pipe, [0, 1, 2, 3])
     pictures = rng.normal(size=(2, 4, 8, 8, 3)).astype(np.float32)
     rules, batches = quant.RECIPES["w4"]["dit"], calibration.shown(subject, pictures[0])
     moments = calibration.moments_of(subject, rules, batches)
@@ -88,6 +76,6 @@ def test_a_model_errs_less():
     one = gptq.quantize(kernel, moments["blocks/mlp/fc2/kernel"][1], quant.SCHEMES["w4"])
     np.testing.assert_array_equal(made["blocks"]["mlp"]["fc2"]["kernel"].qvalue[1], one.qvalue)
     batch = calibration.at_levels(subject, pictures[1], 5)
-    exact = calibration.output(model, subject.params, batch)
-    error = lambda params: float(jnp.square(calibration.output(model, params, batch) - exact).sum())  # noqa: E731
+    exact = calibration.output(subject.model, subject.params, batch)
+    error = lambda params: float(jnp.square(calibration.output(subject.model, params, batch) - exact).sum())  # noqa: E731
     assert error(made) < error(quant.quantize(subject.params, rules)) / 1.5

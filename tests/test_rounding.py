@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_dit import contrasting_dit
 from tiny_sd import make_folder
 
 import jdiff
-from jdiff import models, qtensor, quant, tree, weights
+from jdiff import qtensor, quant, tree, weights
 from jdiff.diffusion.process import Process
 from jdiff.diffusion.schedule import make_schedule
 from jdiff.evaluate import calibration, rounding, rounding_page
 from jdiff.evaluate.subject import Classes, Texts
-from jdiff.pipelines import ClassPipeline
 
 STEPS = {"steps": 3, "guidance_scale": 1.5}
 
@@ -22,20 +22,8 @@ STEPS = {"steps": 3, "guidance_scale": 1.5}
 @pytest.fixture(scope="module")
 def classes():
     """A DiT of noise prediction with random weights of some contrast."""
-    fields = {
-        "image_size": 8,
-        "channels": 3,
-        "num_classes": 4,
-        "width": 64,
-        "depth": 2,
-        "heads": 2,
-        "learn_sigma": False,
-    }
-    model, rng = models.create("DiT-S/2", **fields), np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *model.dummy_inputs())["params"]
-    leaf = lambda x: jnp.asarray(rng.normal(size=x.shape) / np.sqrt(np.prod(x.shape[-2:-1])), x.dtype)  # noqa: E731
-    process = Process(make_schedule("linear"))
-    return Classes(ClassPipeline(model, jax.tree.map(leaf, shapes), process), [0, 1, 2, 3])
+    pipe, _ = contrasting_dit(Process(make_schedule("linear")))
+    return Classes(pipe, [0, 1, 2, 3])
 
 
 @pytest.fixture(scope="module")

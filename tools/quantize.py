@@ -96,7 +96,9 @@ def quantize(options: argparse.Namespace) -> int:
             print(f"{name}:\n{quant.table(quant.describe(opened.models[name][1], rules[name]))}")
         return 0
     before = quantized.size(opened.models)
-    made = copy_of(opened, options, options.recipe, seen(opened, options) if options.calibrate else None)
+    made = copy_of(
+        opened, options, options.recipe, seen(open_pipeline(options), opened, options) if options.calibrate else None
+    )
     after = quantized.size(made.models)
     with tqdm(total=after, unit="B", unit_scale=True, desc="writing", leave=False, delay=1) as bar:
         sums = loading.save_quantized(made, options.dest, lambda size: bar.update(size) and None)
@@ -161,12 +163,11 @@ def settings(opened: Any, options: argparse.Namespace) -> dict[str, Any]:
     return {"steps": options.steps, "guidance_scale": guidance}
 
 
-def seen(opened: Any, options: argparse.Namespace) -> Look:
+def seen(pipe: Any, opened: Any, options: argparse.Namespace) -> Look:
     """What calibration looks at."""
     from jdiff import quant
     from jdiff.evaluate import calibration
 
-    pipe = open_pipeline(options)
     recipe = options.recipe if isinstance(options.recipe, str) else options.recipe[0]
     if (num := number(options)) is None:
         subject, x_0 = calibration.of_data(pipe, open_data(pipe, options), MOST_RECORDS)
@@ -235,8 +236,9 @@ def report(options: argparse.Namespace) -> int:
     opened = open_checkpoint(options)
     if opened.quantized is not None:
         raise ValueError(f"{options.src} is quantized already: give what it was made of, and --recipe")
-    subject = asked(open_pipeline(options), opened, options, options.num)
-    others, look = {}, seen(opened, options) if options.calibrate else None
+    pipe = open_pipeline(options)
+    subject = asked(pipe, opened, options, options.num)
+    others, look = {}, seen(pipe, opened, options) if options.calibrate else None
     for name in dict.fromkeys(options.recipe):
         others[name] = subject.changed(copy_of(opened, options, name, look).models[opened.main][1])
     for path in options.other:

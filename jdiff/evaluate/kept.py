@@ -1,8 +1,6 @@
 """Features on disk, a file a batch: a scoring that was killed goes on where it was."""
 
-import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jdiff import tree
 from jdiff.evaluate.features import Features, Network
 from jdiff.npz import Npz
-from jdiff.paths import whole
+from jdiff.pipelines.kept import file_of, keep, place_of
 
 log = logging.getLogger(__name__)
 
@@ -35,37 +32,22 @@ def kept_features(
         return network.features(batches(0), mesh, prompts)
     text_ND = network.texts(prompts) if network.texts and prompts else None
     facts = {**facts, "network": network.title}
-    place = folder / tree.digest(facts)
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+    place = place_of(folder, facts)
     parts = list(_read(place, network.outputs))
     done = sum(len(part["pool_ND"]) for part in parts)
     if done:
         log.info("%d pictures' features are in %s", done, place)
     for part in network.parts(batches(done), mesh):
-        _write(place / _name(done), part)
+        keep(file_of(place, done, "npz"), facts, lambda file, part=part: np.savez(file, allow_pickle=False, **part))
         parts.append(part)
         done += len(part["pool_ND"])
     return network.joined(parts, text_ND)
 
 
-def _name(first: int) -> str:
-    """The file of the batch that begins with this picture."""
-    return f"{first:09d}.npz"
-
-
-def _write(path: Path, part: Mapping[str, np.ndarray]) -> None:
-    """A batch's file, whole or not at all."""
-    with whole(path) as partial, partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **part)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _read(place: Path, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
     """The batches that are there, up to the first that is missing or damaged."""
     done = 0
-    while (path := place / _name(done)).is_file():
+    while (path := file_of(place, done, "npz")).is_file():
         try:
             with Npz(path) as file:
                 part = {name: file[name] for name in names}

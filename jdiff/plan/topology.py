@@ -5,7 +5,6 @@ be had: their compiler tunes itself on the card.
 """
 
 import importlib.util
-import logging
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jdiff import runtime
 from jdiff.meter import PEAK_FLOPS
 from jdiff.tree import nearest
 
@@ -83,7 +83,7 @@ def prepare(topology: Topology) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     if topology.platform != "tpu":
         jax.config.update("jax_num_cpu_devices", topology.count)
-    logging.getLogger("jax").setLevel(logging.ERROR)
+    runtime.quiet()
 
 
 def devices(topology: Topology) -> list[Any]:

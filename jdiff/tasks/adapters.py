@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from PIL import Image
 
 from jdiff import lora, tree
-from jdiff.evaluate.samples import Samples
-from jdiff.tasks import Batch, Losses, Task, mean_gradient
+from jdiff.tasks import Batch, Losses, Task
+from jdiff.tasks.wrapper import Wrapper
 
 
 def parse_rules(settings: Any) -> list[lora.Rule]:
@@ -32,15 +31,15 @@ def parse_rules(settings: Any) -> list[lora.Rule]:
     return rules
 
 
-class Adapters:
-    """See `jdiff.tasks.Task`; wraps another."""
+class Adapters(Wrapper):
+    """See `Wrapper`."""
 
-    adaptable = ()
     frozen = r"(?!lora/).*|lora/.*/kernel/scale"
     base = r"(?!lora/|start/).*"
 
     def __init__(self, task: Task, config: Any):
-        self.task, self.settings = task, config.lora
+        super().__init__(task, f"LoRA of {task.title}")
+        self.settings = config.lora
         if not task.adaptable:
             raise ValueError(f"lora.rank={config.lora.rank}: adapters of task={config.task!r} cannot be trained; set 0")
         if config.init_from is None:
@@ -49,7 +48,6 @@ class Adapters:
             raise ValueError(
                 "lora.method='pissa' does not go with lora.dora=true: both change what the base counts for"
             )
-        self.title, self.source, self.transform = f"LoRA of {task.title}", task.source, task.transform
         self.rules = parse_rules(config.lora)
         self._digests: dict[str, str] = {}
 
@@ -80,23 +78,9 @@ class Adapters:
         """The task's, of the adapted models."""
         return self.task.loss(self._attached(full, jax.random.fold_in(keys_B[0], 1)), batch, keys_B)
 
-    def gradient(
-        self, params: Any, frozen: Any, batch: Batch, keys_B: jax.Array, step: jax.Array
-    ) -> tuple[Any, Losses]:
-        """By the adapters alone."""
-        return mean_gradient(self.loss)(params, frozen, batch, keys_B, step)
-
-    def measure(self, full: Any) -> dict[str, float]:
-        """The task's, of the adapted models."""
-        return self.task.measure(self._attached(full))
-
-    def grid(self, full: Any) -> tuple[Image.Image, dict[str, Any]]:
-        """The task's, of the adapted models."""
-        return self.task.grid(self._attached(full))
-
-    def samples(self, full: Any) -> Samples:
-        """The task's, of the adapted models."""
-        return self.task.samples(self._attached(full))
+    def changed(self, full: Any) -> Any:
+        """Its models adapted, without dropout."""
+        return self._attached(full)
 
     def facts(self, measures: Mapping[str, float]) -> dict[str, Any]:
         """The task's, and `lora`: the adapted models with the hash of what they were, and how the adapters were made."""
@@ -104,7 +88,3 @@ class Adapters:
             self.given()
         settings = {k: v for k, v in self.settings.to_dict().items() if k != "any_base"}
         return {**self.task.facts(measures), "lora": {**settings, "base": self._digests}}
-
-    def macs(self) -> int:
-        """The task's."""
-        return self.task.macs()

@@ -5,33 +5,25 @@ tree has `scales/MODEL/…/kernel/scale` beside its models, the learned scales (
 any parameter.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-from PIL import Image
 
 from jdiff import quant, tree
-from jdiff.evaluate.samples import Samples
 from jdiff.loading import learned_scales, parts_of
-from jdiff.tasks import Batch, Losses, Roundable, mean_gradient
+from jdiff.tasks import Batch, Losses, Roundable
+from jdiff.tasks.wrapper import Wrapper
 
 
-class Rounding:
-    """See `jdiff.tasks.Task`; wraps another."""
-
-    adaptable = ()
+class Rounding(Wrapper):
+    """See `Wrapper`."""
 
     def __init__(self, task: Roundable, config: Any):
-        self.task, self.learns = task, config.quant.mode == "lsq"
-        self.title, self.source, self.transform = f"{task.title} in {config.quant.recipe}", task.source, task.transform
+        super().__init__(task, f"{task.title} in {config.quant.recipe}")
+        self.learns = config.quant.mode == "lsq"
         self.frozen, self.base = task.frozen, task.base
         self.name, module = task.main
         self.rules, self.parts = quant.find_recipe(config.quant.recipe)[self.name], parts_of(module)
-
-    def given(self) -> Any:
-        """The task's."""
-        return self.task.given()
 
     def init(self, key: jax.Array, given: Any) -> Any:
         """The task's, and LSQ's scales. ValueError when the recipe does not fit the model."""
@@ -51,28 +43,6 @@ class Rounding:
         """The task's, straight through the rounding."""
         return self.task.loss(self._rounded(quant.train, full), batch, keys_B)
 
-    def gradient(
-        self, params: Any, frozen: Any, batch: Batch, keys_B: jax.Array, step: jax.Array
-    ) -> tuple[Any, Losses]:
-        """By the float parameters, and the scales."""
-        return mean_gradient(self.loss)(params, frozen, batch, keys_B, step)
-
-    def measure(self, full: Any) -> dict[str, float]:
-        """The task's, of the rounded model."""
-        return self.task.measure(self._rounded(quant.quantize, full))
-
-    def grid(self, full: Any) -> tuple[Image.Image, dict[str, Any]]:
-        """The task's, of the rounded model."""
-        return self.task.grid(self._rounded(quant.quantize, full))
-
-    def samples(self, full: Any) -> Samples:
-        """The task's, of the rounded model."""
-        return self.task.samples(self._rounded(quant.quantize, full))
-
-    def facts(self, measures: Mapping[str, float]) -> dict[str, Any]:
-        """The task's."""
-        return self.task.facts(measures)
-
-    def macs(self) -> int:
-        """The task's."""
-        return self.task.macs()
+    def changed(self, full: Any) -> Any:
+        """Its model as `quant.quantize` makes it."""
+        return self._rounded(quant.quantize, full)
