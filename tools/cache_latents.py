@@ -115,9 +115,9 @@ def on_devices(function: Any, module: Any, params: Any, batch_size: int) -> tupl
     jitted = jax.jit(function)
 
     def run(rows: np.ndarray) -> np.ndarray:
-        whole = np.zeros((batch_size, *rows.shape[1:]), rows.dtype)
-        whole[: len(rows)] = rows
-        return np.asarray(jitted(params, jax.device_put(whole, sharding.batch_sharding(mesh))))[: len(rows)]
+        batch = np.zeros((batch_size, *rows.shape[1:]), rows.dtype)
+        batch[: len(rows)] = rows
+        return np.asarray(jitted(params, jax.device_put(batch, sharding.batch_sharding(mesh))))[: len(rows)]
 
     return run, digest
 
@@ -210,10 +210,10 @@ class Cache:
         if self.text:
             arrays["context"] = contexts or [self.null_context()[None][:0]]
         for name, parts in arrays.items():
-            whole = np.concatenate(parts).astype(self.dtype)
-            if not np.isfinite(whole).all():
+            array = np.concatenate(parts).astype(self.dtype)
+            if not np.isfinite(array).all():
                 raise ValueError(f"{name} of shard {shard} are not finite in {self.dtype}: use --dtype float32")
-            save(paths[name], whole)
+            save(paths[name], array)
         if self.source.has_captions:
             with whole(paths["captions"]) as partial:
                 Texts(texts).save(partial)

@@ -19,6 +19,7 @@ from test_convert_hostile import fuzzed
 from jdiff import checkpoint, loading, models, tree
 from jdiff.convert import hub, quantized
 from jdiff.evaluate import kept
+from jdiff.pipelines.kept import file_of, keep
 from jdiff.quant import find_recipe, quantize
 from jdiff.tokens import Tokenizer
 
@@ -55,7 +56,7 @@ PART = {"pool_ND": np.arange(96, dtype=np.float32).reshape(8, 12), "logits_NK": 
 
 def save_features(folder):
     folder.mkdir()
-    kept._write(folder / kept._name(0), PART)
+    keep(file_of(folder, 0, "npz"), {}, lambda file: np.savez(file, allow_pickle=False, **PART))
 
 
 def read_features(folder):

@@ -19,6 +19,7 @@ from jdiff.data.packed import Texts
 from jdiff.diffusion import schedulers
 from jdiff.evaluate import kept
 from jdiff.evaluate.pictures import batches, moments_of, open_pictures
+from jdiff.pipelines.kept import file_of, keep
 from jdiff.tokens import Tokenizer
 
 __all__ = ["quiet"]
@@ -87,7 +88,7 @@ def read_captions(folder):
 
 
 def make_features(folder):
-    kept._write(folder / kept._name(0), PART)
+    keep(file_of(folder, 0, "npz"), {}, lambda file: np.savez(file, allow_pickle=False, **PART))
 
 
 def make_scheduler(folder):
