@@ -19,6 +19,7 @@ import json
 import logging
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -46,13 +47,24 @@ class Damaged(CheckpointError):
 
 @cache
 def _orbax() -> Any:
-    # orbax narrates through absl; its failures are told by us, in a line
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _hush()
     ocp = importlib.import_module("orbax.checkpoint")
     # by default each replica writes its part of every array, and a slice of each shape compiles: seconds for small ones
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SPLIT)
     ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
     return ocp
+
+
+def _hush() -> None:
+    """Orbax narrates through absl; its failures are told by us, in a line, and not once more for each array.
+
+    The arrays of a save that failed are written on while its event loop is gone: asyncio logs what nobody awaited, and
+    TensorStore's threads, that the loop is closed.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else hook(args)
 
 
 def git_revision() -> str | None:

@@ -66,9 +66,9 @@ def said(done, script, code):
     return line
 
 
-@pytest.mark.faults  # not yet green: beside the line, asyncio prints a traceback of Orbax's closed event loop
+@pytest.mark.faults
 @pytest.mark.parametrize(
-    "number", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.faults)], ids=errno.errorcode.get
+    "number", [pytest.param(errno.ENOSPC, marks=pytest.mark.runs), errno.EIO], ids=errno.errorcode.get
 )
 def test_a_failed_save_is_told_and_spares_the_one_before(
     commands, stock, made, faults, tmp_path, number, record_property
