@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jdiff import tree
@@ -58,6 +59,8 @@ SPLIT_AXIS = {
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices of all processes; one axis may be -1 and takes what is left.
 
+    Slices of TPUs, between which is but a data center's network, lie along data as far as that divides (`across_slices`).
+
     ValueError, naming the nearest sizes that would do, when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
@@ -70,7 +73,22 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any]
         near = " or ".join(f"{d} x {f} x {t}" for d, f, t in nearest_meshes(n, sizes))
         raise ValueError(f"{asked} does not cover {n} device(s); the nearest that do are {near}, and one may be -1")
     shape = [n // known if s == -1 else s for s in sizes]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    across = across_slices(shape, slices)
+    within = [s // a for s, a in zip(shape, across, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def across_slices(shape: list[int], slices: int) -> list[int]:
+    """How many slices lie along each axis of a mesh: along data, which moves the least, as many as divide it, then along fsdp."""
+    across = []
+    for size in shape:
+        across.append(math.gcd(size, slices))
+        slices //= across[-1]
+    return across
 
 
 def nearest_meshes(n: int, sizes: list[int], most: int = 2) -> list[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
@@ -144,7 +145,13 @@ def test_a_models_work_is_the_same_on_every_platform():
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("v5:4x4", ["v5e", "v5p", "h100"]), ("h100x0", ["h100x8"]), ("v5e:0x4", ["v5e:4x4"]), ("b100x8", ["h100x8"])],
+    [
+        ("v5:4x4", ["v5e", "v5p", "h100"]),
+        ("h100x0", ["h100x8"]),
+        ("v5e:0x4", ["v5e:4x4"]),
+        ("0xv5e:4x4", ["2xv5e:16x16"]),
+        ("b100x8", ["h100x8"]),
+    ],
 )
 def test_unknown_machines_are_one_line_naming_those_known(name, said):
     with pytest.raises(ValueError, match=re.escape(repr(name))) as error:
@@ -298,6 +305,18 @@ def test_w8a8_multiplies_integers_on_a_tpu():
     assert step.program.products["s8", "s8", "s32"] == 4
     assert step.program.cycles > 0 and step.program.share_estimated > 0.9
     assert step.program.unknown_loops == []
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor", "across"), [(8, 4, 1, 2), (-1, 4, 4, 2), (1, 32, 1, 1), (1, 16, 2, 1)]
+)
+def test_slices_lie_along_data_as_far_as_it_divides(data, fsdp, tensor, across):
+    mesh = sharding.make_mesh(data, fsdp, tensor, topology.devices(topology.parse("2xv5e:4x4")))
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert len({*slices.flat}) == 2
+    rows = slices.reshape(-1, 16) if across == 2 else slices.reshape(2, 16)
+    assert (rows == rows[:, :1]).all()
 
 
 @pytest.mark.slow

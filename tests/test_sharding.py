@@ -135,3 +135,11 @@ def test_put_batch_lays_rows_over_all_devices():
     np.testing.assert_array_equal(batch["image"], rows["image"])
     assert batch["label"].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 1)
     assert sharding.replicated(mesh).is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("shape", "slices", "across"),
+    [([8, 4, 1], 2, [2, 1, 1]), ([6, 4, 1], 4, [2, 2, 1]), ([1, 8, 2], 16, [1, 8, 2]), ([4, 4, 4], 1, [1, 1, 1])],
+)
+def test_slices_lie_along_data_first(shape, slices, across):
+    assert sharding.across_slices(shape, slices) == across

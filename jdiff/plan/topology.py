@@ -1,4 +1,4 @@
-"""Machines by name: `v5e:4x4`, `v5p:4x4x4`, `h100x8`, `cpu:8`.
+"""Machines by name: `v5e:4x4`, `v5p:4x4x4`, `2xv5e:16x16` of two slices, `h100x8`, `cpu:8`.
 
 A TPU's devices come from XLA:TPU, which compiles for them without having them (the extra `tpu`). Of GPUs arithmetic is all that can
 be had: their compiler tunes itself on the card.
@@ -47,17 +47,18 @@ GPUS = {
     "h100": Chip("NVIDIA H100", 80 * 10**9, 450e9),
     "h200": Chip("NVIDIA H200", 141 * 10**9, 450e9),
 }
-EXAMPLES = ("v5e:1x1", "v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:4x4", "v4:2x2x2", "h100x8", "cpu:1")
+EXAMPLES = ("v5e:1x1", "v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:4x4", "v4:2x2x2", "2xv5e:16x16", "h100x8", "cpu:1")
 
 
 @dataclass(frozen=True)
 class Topology:
-    """So many of one chip. platform: cpu, gpu or tpu."""
+    """So many of one chip. platform: cpu, gpu or tpu. slices: of a TPU, joined by a data center's network."""
 
     name: str
     platform: str
     chip: Chip
     count: int
+    slices: int = 1
 
 
 def parse(name: str) -> Topology:
@@ -68,11 +69,13 @@ def parse(name: str) -> Topology:
         return Topology(name, "gpu", GPUS[gpu[1]], int(gpu[2]))
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
         return Topology(name, "cpu", Chip("cpu", _host_memory(), math.inf), int(shape))
-    if kind in TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
-        return Topology(name, "tpu", TPUS[kind], math.prod(map(int, shape.split("x"))))
+    tpu = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", name)
+    if tpu and tpu[2] in TPUS:
+        slices = int(tpu[1] or 1)
+        return Topology(name, "tpu", TPUS[tpu[2]], slices * math.prod(map(int, tpu[3].split("x"))), slices)
     raise ValueError(
-        f"topology {name!r} is unknown{nearest(name, EXAMPLES)}: TPUs are {', '.join(TPUS)}, as v5e:4x4 or v5p:4x4x4; "
-        f"GPUs {', '.join(GPUS)}, as h100x8; and this machine's processor, as cpu:1"
+        f"topology {name!r} is unknown{nearest(name, EXAMPLES)}: TPUs are {', '.join(TPUS)}, as v5e:4x4, v5p:4x4x4 or "
+        f"2xv5e:16x16 of two slices; GPUs {', '.join(GPUS)}, as h100x8; and this machine's processor, as cpu:1"
     )
 
 
@@ -117,12 +120,12 @@ def _tpu_devices(topology: Topology) -> list[Any]:
     }.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    # a part of a host's chips is no topology of its own
-    name = (
-        topology.name if topology.count > 1 else f"{topology.name.partition(':')[0]}:{'2x2' + 'x1' * _cube(topology)}"
-    )
+    slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    name = topology.name.partition("x")[2] if slices else topology.name
+    if topology.count == 1:  # a part of a host's chips is no topology of its own
+        name = f"{name.partition(':')[0]}:{'2x2' + 'x1' * _cube(topology)}"
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **slices).devices
     except Exception as error:  # of several kinds, by version
         text = " ".join(str(error).split())
         if "lockfile" in text:
