@@ -57,6 +57,7 @@ def state_of(workdir, step):
     return meta["arrays"], meta["checksums"], meta
 
 
+@pytest.mark.runs
 def test_a_checkpoint_holds_adapters_alone(run):
     arrays, _, meta = state_of(run, 4)
     assert all(path.split("/")[1] in ("lora", "step", "opt_state") for path in arrays)
@@ -110,6 +111,7 @@ def test_another_base_is_refused_unless_told(run, base, pictures, tmp_path):
     train.fit(config, tmp_path / "run")
 
 
+@pytest.mark.runs
 def test_the_runs_adapters_come_back(run, base):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     plain, adapted = jdiff.pipeline(base, mesh=mesh), jdiff.pipeline(base, mesh=mesh, lora=[(run, 1.0)])
@@ -130,6 +132,7 @@ def test_the_runs_adapters_come_back(run, base):
         plain.set_lora_scale(1.0)
 
 
+@pytest.mark.runs
 def test_two_adapters_add_up(run, base):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     _, once = jdiff.load(base, mesh=mesh, lora=[run])

@@ -148,6 +148,7 @@ def lpips_params():
     return jax.tree.map(lambda s: (rng.normal(size=s.shape) * std(s)).astype(np.float32), shapes)
 
 
+@pytest.mark.runs
 def test_lpips_equals_pytorchs(wide, lpips_params):
     rng = np.random.default_rng(1)
     x, y = (jnp.asarray(rng.uniform(-1, 1, (2, 16, 24, 3))) for _ in range(2))
@@ -318,6 +319,7 @@ def whole(commands, image_folder, tmp_path_factory):
     return workdir, outcome(workdir)
 
 
+@pytest.mark.runs
 def test_a_run_records_its_reconstructions(whole):
     workdir, found = whole
     assert [record["step"] for record in found["records"]] == [2, 3, 4, 6]
@@ -344,6 +346,7 @@ def scored(commands, *arguments):
     return json.loads(file.read_text().splitlines()[-1])
 
 
+@pytest.mark.runs
 def test_the_tool_measures_reconstructions_as_the_run_does(whole, commands, image_folder, tmp_path):
     workdir, found = whole
     line = scored(
@@ -364,6 +367,7 @@ def test_the_tool_measures_reconstructions_as_the_run_does(whole, commands, imag
     assert line["count"] == 10 and line["step"] == 6 and "network" not in line
 
 
+@pytest.mark.runs
 def test_the_tool_compares_pictures_one_by_one(lpips_params, commands, tmp_path):
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
@@ -426,6 +430,7 @@ def test_the_loss_of_adapters_is_the_generators_before_its_adversary(image_folde
         np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5 * np.abs(other).max(), err_msg=path)
 
 
+@pytest.mark.runs
 def test_load_gives_the_autoencoder_and_its_scale(whole, image_folder):
     workdir, found = whole
     vae, params = jdiff.load(workdir)

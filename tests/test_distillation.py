@@ -70,6 +70,7 @@ def _losses(workdir):
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.runs
 def test_adapters_take_back_what_rounding_changed(teacher, copy, distilled):
     """On inputs that were not trained on, and as any adapters: over the copy, and opened alone."""
     exact = _answer(*jdiff.load(teacher))
@@ -82,6 +83,7 @@ def test_adapters_take_back_what_rounding_changed(teacher, copy, distilled):
     assert np.isfinite(pictures).all()
 
 
+@pytest.mark.runs
 def test_a_checkpoint_holds_no_teacher_and_a_resumed_run_goes_on(config, distilled, tmp_path):
     arrays = checkpoint.read_meta(distilled, 30)["arrays"]
     assert all(path.split("/")[1] in ("lora", "step", "opt_state") for path in arrays)
@@ -93,6 +95,7 @@ def test_a_checkpoint_holds_no_teacher_and_a_resumed_run_goes_on(config, distill
     assert sums[0] == sums[1]
 
 
+@pytest.mark.runs
 def test_a_model_trained_through_integers_has_a_teacher_too(config, teacher, tmp_path):
     """Its checkpoints hold no teacher, and its quantized copy answers."""
     settings = {"init_from": str(teacher), "lora__rank": 0, "quant__mode": "lsq", "quant__recipe": "w4"}

@@ -192,7 +192,10 @@ def test_gradients_are_pytorchs_in_float64(overrides):
 
 @pytest.mark.parametrize(
     ("scan_layers", "remat"),
-    [(True, "none"), (True, "full"), (False, "none"), (False, "dots"), (False, "full")],
+    [
+        *((True, "full"), (False, "dots")),
+        *(pytest.param(*how, marks=pytest.mark.slow) for how in ((True, "none"), (False, "none"), (False, "full"))),
+    ],
 )
 def test_how_the_blocks_run_changes_nothing(scan_layers, remat):
     def value_and_gradient(**how):

@@ -208,6 +208,7 @@ def test_a_reference_of_both_is_held_against_both(commands, classifier, tmp_path
     assert abs(by_pictures["fid"].value / by_moments["fid"].value - 1) > 0.01
 
 
+@pytest.mark.runs
 def test_the_tool_scores_a_run_and_a_folder(commands, classifier, made, tmp_path):
     make_pictures(tmp_path / "pictures", each=12)
     shutil.copytree(made, tmp_path / "run")

@@ -66,7 +66,7 @@ def _replay(facts, arrays, made):
     return np.stack(sums), sum(s * x_scale[p] * columns[p] for p, s in enumerate(sums))
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-static", "w4", "texts"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-static", "w4", pytest.param("texts", marks=pytest.mark.slow)])
 def test_each_product_is_replayed_from_the_files(recipe, tmp_path):
     subject = _texts("w8a8", tmp_path) if recipe == "texts" else _classes(recipe)
     golden.write(tmp_path / "golden", subject, seed=3)

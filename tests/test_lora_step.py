@@ -22,7 +22,9 @@ def _relative(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("variant", "dtype"), [("lora", torch.float32), ("lora", torch.float64), ("dora", torch.float64)], ids=str
+    ("variant", "dtype"),
+    [("lora", torch.float32), ("dora", torch.float64), pytest.param("lora", torch.float64, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_a_step_equals_peft_and_pytorch(variant, dtype):
     with jax.enable_x64(dtype == torch.float64):

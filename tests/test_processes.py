@@ -127,6 +127,7 @@ def alone(commands, image_folder, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.runs
 def test_two_processes_train_as_one(commands, image_folder, alone, tmp_path):
     """Through the local launcher, over fsdp and tensor, two devices each."""
     run = dit(commands, image_folder, tmp_path / "run", **{"mesh.fsdp": 2, "mesh.tensor": 2})
@@ -143,6 +144,7 @@ def test_two_processes_train_as_one(commands, image_folder, alone, tmp_path):
     assert [record["step"] for record in records(tmp_path / "run")] == list(range(1, 23))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_lost_process_is_named_and_the_run_goes_on(commands, image_folder, tmp_path, victim):
     """Killed, and at the next start stalled."""
@@ -166,6 +168,7 @@ def test_a_lost_process_is_named_and_the_run_goes_on(commands, image_folder, tmp
             assert f"resumed from step {before}" in said or victim == 0, said
 
 
+@pytest.mark.runs
 def test_sigterm_to_one_stops_all_at_one_step(commands, image_folder, tmp_path):
     workdir = tmp_path / "run"
     started = start(commands, 2, *dit(commands, image_folder, workdir, total_steps=2000, checkpoint_every=1000))

@@ -42,6 +42,7 @@ def runs(base, class_config, tmp_path_factory):
     return made
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("mode", ["train", "lsq"])
 def test_its_copy_computes_what_was_trained(mode, runs, tmp_path):
     """The loss falls; what loads is floats; the copy's answer is that of training's forward."""
@@ -69,6 +70,7 @@ def test_its_copy_computes_what_was_trained(mode, runs, tmp_path):
             jdiff.load(workdir, quantize="w8a8")
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("mode", ["train", "lsq"])
 def test_a_resumed_run_equals_an_uninterrupted_one(mode, runs, tmp_path):
     config, workdir = runs[mode]
@@ -80,6 +82,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(mode, runs, tmp_path):
     assert any("scales/dit" in path for path in sums[0]) == (mode == "lsq")
 
 
+@pytest.mark.runs
 def test_it_is_spread_and_accumulated_like_any_other(base, class_config, tmp_path):
     """The same gradient whole and in two parts, on eight devices and with what is trained spread over them."""
     found = []
@@ -117,6 +120,7 @@ def test_a_mistake_is_one_line(class_config, changes, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.runs
 def test_starts_that_cannot_be_are_one_line(base, runs, class_config, tmp_path):
     """A quantized checkpoint into training in floats, and kernels without the scales that they were trained with."""
     loading.save_quantized(loading.quantized(loading.open_checkpoint(base), "w8"), tmp_path / "copy")

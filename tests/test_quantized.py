@@ -232,6 +232,7 @@ def test_adapters_are_trained_over_it(run, class_config, tmp_path):
         jdiff.pipeline(run, lora=[tmp_path / "adapters"])
 
 
+@pytest.mark.runs
 def test_adapters_of_the_original_go_onto_its_copy(run, class_config, tmp_path):
     config = class_config.copy_and_resolve_references()
     config.update_from_flattened_dict({"init_from": str(run), "lora.rank": 2, "total_steps": 4, "checkpoint_every": 4})

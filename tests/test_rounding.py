@@ -50,7 +50,7 @@ def _noise(subject, rows):
     )
 
 
-@pytest.mark.parametrize("subject", ["classes", "texts"], indirect=True)
+@pytest.mark.parametrize("subject", ["classes", pytest.param("texts", marks=pytest.mark.slow)], indirect=True)
 def test_each_kernel_alone(subject):
     """A line for each kernel and block; products in floats err as the float model does with that kernel rounded by hand."""
     x_0, recipe = _noise(subject, len(subject.y)), "w8"
@@ -94,7 +94,11 @@ def test_the_worst_kernel_is_named(classes):
     assert str(alone[0]) in rounding.ranking(alone, []).splitlines()[1]
 
 
-@pytest.mark.parametrize(("subject", "other"), [("classes", "ddpm"), ("texts", "pndm")], indirect=["subject"])
+@pytest.mark.parametrize(
+    ("subject", "other"),
+    [("classes", "ddpm"), pytest.param("texts", "pndm", marks=pytest.mark.slow)],
+    indirect=["subject"],
+)
 def test_distances(subject, other):
     """Nothing for the model itself; more for w4 than for w8; far more for other noise. By sampler, after each of its steps."""
     others = {"itself": subject, "w8": subject.changed(_quantized(subject, "w8"))}

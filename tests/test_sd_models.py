@@ -79,8 +79,18 @@ def compare_unet(peer, shape, text, dtypes):
     return module, params
 
 
-@pytest.mark.parametrize("kind", UNETS)
-@pytest.mark.parametrize("size", [(24, 40), (9, 14)], ids=str)
+SIZES = {"sd1": (24, 40), "sd2": (9, 14), "inpainting": (9, 14)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        pytest.param(kind, size, marks=[pytest.mark.slow] * (size != SIZES[kind]))
+        for kind in UNETS
+        for size in ((24, 40), (9, 14))
+    ],
+    ids=str,
+)
 def test_unet_equals_diffusers(kind, size, dtypes):
     settings = {"block_out_channels": (32, 64, 96), "norm_num_groups": 16, "down_block_types": ATTENDS, **UNETS[kind]}
     up = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")

@@ -150,7 +150,10 @@ def torch_step(base, image, ids, t, noise, posterior_noise, prediction_type, gam
     return loss.detach().numpy(), grads
 
 
-@pytest.mark.parametrize(("prediction_type", "gamma"), [("eps", 5.0), ("v", None), ("v", 5.0), ("x0", 5.0)])
+@pytest.mark.parametrize(
+    ("prediction_type", "gamma"),
+    [("eps", 5.0), ("v", None), *(pytest.param(p, 5.0, marks=pytest.mark.slow) for p in ("v", "x0"))],
+)
 def test_a_steps_loss_and_gradient_equal_torch(base, prediction_type, gamma):
     """From uint8 pictures and tokens to the gradients of the UNet and the text encoder, in float64."""
     rng = np.random.default_rng(0)
@@ -287,6 +290,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, pictures, base, tmp_pa
     assert found == expected
 
 
+@pytest.mark.runs
 def test_a_checkpoint_says_all_that_a_pipeline_needs(whole):
     meta = checkpoint.read_meta(whole, 8)
     built = {name: models.build(record) for name, record in meta["models"].items()}
@@ -299,6 +303,7 @@ def test_a_checkpoint_says_all_that_a_pipeline_needs(whole):
     assert facts["prompts"] == ["a red square", "a blue square"]
 
 
+@pytest.mark.runs
 def test_a_runs_pipeline_draws_the_grid(whole):
     """The tokenizer, the scheduler and the average are found again: the last validation pictures, bit by bit."""
     prompts, pipe = ["a red square", "a blue square"], jdiff.pipeline(whole)
@@ -479,6 +484,7 @@ def test_contexts_of_another_encoder_are_refused(caches, pictures, base, tmp_pat
     assert "another text encoder" in line(error)
 
 
+@pytest.mark.runs
 def test_a_lost_tokenizer_is_said(whole, pictures, base, tmp_path):
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     with pytest.raises(ValueError) as error:
@@ -492,6 +498,7 @@ def test_the_task_is_found_by_its_name(pictures, base):
     assert task.macs() == task.unet.macs(8, 8, text_length=16) + task.text.macs()
 
 
+@pytest.mark.runs
 def test_a_unet_trains_through_integers(pictures, base, tmp_path):
     """It learns scales, two where it concatenates, and its quantized copy takes them."""
     settings = {"total_steps": 2, "checkpoint_every": 2, "sample_every": 2, "quant.mode": "lsq", "optim.lr": 1e-4}

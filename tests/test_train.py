@@ -371,6 +371,7 @@ def test_a_signal_saves_and_the_run_goes_on(whole, image_folder, commands, tmp_p
     assert found["checksums"] == whole[1]["checksums"] and found["records"] == whole[1]["records"]
 
 
+@pytest.mark.runs
 def test_a_signal_while_compiling_saves_too(image_folder, commands, tmp_path):
     workdir = tmp_path / "run"
     process = commands.start("launch.py", *run_arguments(commands, image_folder, workdir, **{"model.depth": 3}))
@@ -380,6 +381,7 @@ def test_a_signal_while_compiling_saves_too(image_folder, commands, tmp_path):
     assert process.returncode == 143 and checkpoint.steps(workdir), err
 
 
+@pytest.mark.runs
 def test_load_gives_the_average_or_the_raw_parameters(whole, caplog):
     workdir, _ = whole
     model, average = jdiff.load(workdir)
@@ -398,6 +400,7 @@ def test_load_gives_the_average_or_the_raw_parameters(whole, caplog):
         jdiff.load(workdir, weights="best")
 
 
+@pytest.mark.runs
 def test_load_falls_back_and_moves_nothing(whole, tmp_path, caplog):
     workdir = shutil.copytree(whole[0], tmp_path / "run")
     (workdir / "checkpoints" / "60" / "meta" / "metadata").write_text("{}")
@@ -407,6 +410,7 @@ def test_load_falls_back_and_moves_nothing(whole, tmp_path, caplog):
     assert checkpoint.steps(workdir) == checkpoint.steps(whole[0]) and not (workdir / "damaged").exists()
 
 
+@pytest.mark.runs
 def test_positions_are_kept_and_never_trained(whole):
     _, params = jdiff.load(whole[0])
     np.testing.assert_array_equal(params["pos_embed"], sincos_positions_2d(32, 4, 4)[None].astype(np.float32))

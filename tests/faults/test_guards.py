@@ -63,6 +63,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert dest.read_text() == "first" and [*tmp_path.iterdir()] == [dest]
 
 
+@pytest.mark.runs
 def test_a_signal_while_scoring_saves_at_once_and_scores_at_the_next_start(commands, image_folder, tmp_path):
     """A scoring may take longer than a machine that is taken away waits; none of it is lost, nor left out."""
     classifier, run = tmp_path / "classifier", tmp_path / "run"

@@ -199,6 +199,7 @@ def test_hostile_arrays_are_refused(what, quiet):
         path.write_bytes(good)
 
 
+@pytest.mark.runs
 def test_every_pickle_is_refused_at_every_door(quiet, record_property):
     """As a checkpoint, a component's weights, a network's, a LoRA, and under the name of a safetensors file."""
     folder, count = quiet / "text_encoder", 0

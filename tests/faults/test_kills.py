@@ -85,6 +85,7 @@ def disturb(processes, stock, place, name, count, rng):
     return seen
 
 
+@pytest.mark.runs
 def test_disturbed_a_few_times(processes, stock, tmp_path):
     """Of the tools one; runs are killed in tests/test_train.py."""
     disturb(processes, stock, tmp_path / "place", "quantize", 4, random.Random(1))
