@@ -23,14 +23,14 @@ quickstart: $(VENV)/.run  ## train a small DiT on OpenMoji and make a picture (a
 test: $(VENV)/.dev lint  ## the fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-runs: $(VENV)/.dev  ## small models trained, resumed and sampled
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "runs and not slow"
+runs: $(VENV)/.dev  ## small models trained, resumed and sampled, and every command of the README and of docs/ at a small size
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "runs and not slow"
 
 slow: $(VENV)/.dev  ## full sizes and long runs
 	$(BIN)/python -m pytest -m slow
 
-docs: $(VENV)/.dev  ## every command of the README and of docs/, at a small size
-	$(BIN)/python -m pytest -m "slow or not slow" tests/test_docs.py
+docs: $(VENV)/.dev  ## of those the commands alone
+	$(BIN)/python -m pytest -m "runs or not runs" tests/test_docs.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -154,7 +154,7 @@ def _split(params):
     return lora.merge(base, weighted[0]), weighted[1]
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_adapters_begin_as_nothing(base, pictures):
     losses = {}
     for name, changes in {
@@ -172,7 +172,7 @@ def test_adapters_begin_as_nothing(base, pictures):
     np.testing.assert_allclose(losses["pissa"], losses["none"], rtol=2e-5)
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_pissa_runs_come_back_as_lora(base, pictures, tmp_path):
     train.fit(make_config(base, pictures, **{"lora.method": "pissa", "optim.lr": 1e-3}), tmp_path)
     adapters, _ = load_adapters(tmp_path)
@@ -181,7 +181,7 @@ def test_pissa_runs_come_back_as_lora(base, pictures, tmp_path):
     jdiff.pipeline(tmp_path)("a red fox", **QUICK)
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_dropout_and_lora_plus_train(base, pictures):
     plain = train.Setup(make_config(base, pictures))
     batch = sharding.put_batch(plain.mesh, next(iter(plain.batches(0, pictures))))
@@ -246,7 +246,7 @@ def test_a_mistake_is_one_line(base, pictures, changes, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_an_autoencoder_trains_adapters(base, image_folder, tmp_path):
     config = configs.default("autoencoder")
     values = {

@@ -416,7 +416,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, commands, image_folder
         assert found[name] == value, f"{name} differs"
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_the_loss_of_adapters_is_the_generators_before_its_adversary(image_folder):
     setup = tiny_setup(image_folder)
     full = setup.task.init(jax.random.key(0), {})

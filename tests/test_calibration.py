@@ -107,7 +107,7 @@ def test_batches_cover_all_noise_with_labels_and_without(pipe, batches):
         assert with_label["y"][: len(LABELS)].tolist() == LABELS and set(without["y"].tolist()) == {4}
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_dividing_inputs_changes_nothing(pipe, batches):
     for path in pipe.model.dividable:
         s = jnp.exp(_normal(2, 64, seed=5))
@@ -120,7 +120,7 @@ def test_dividing_inputs_changes_nothing(pipe, batches):
         np.testing.assert_allclose(look(divided), look(pipe.params) / s, rtol=1e-4)
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_channels_far_apart_are_balanced(subject, pipe, twin, batches):
     """In floats the twin is the model. Naive rounding fails on it; balanced, it is as near as the model without outliers."""
     run = jax.jit(lambda params, batch: calibration.predict(pipe.model, params, batch))
@@ -202,7 +202,7 @@ def test_data_that_cannot_be_shown_are_refused(pipe, named, tmp_path):
         calibration.of_data(named, open_source("imagefolder", path=pictures, image_size=16), 4)
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_a_model_of_texts_is_calibrated_on_captions(tmp_path):
     """Its steps are fixed by what it sees of pictures encoded by its autoencoder; much smaller or larger ones are worse."""
     pipe = jdiff.pipeline(make_folder(tmp_path / "sd"))

@@ -477,7 +477,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.runs] * kind.startswith("unet")) for kind in MODULES]
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * kind.startswith("unet")) for kind in MODULES]
 )
 def test_every_mutation_of_every_array_is_refused(kind):
     make, table = MODULES[kind]

@@ -72,7 +72,8 @@ def small(script, arguments):
 
 def place(folder):
     """What the docs' commands take for granted, in a folder of its own."""
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "launch.py", "tools"):
+        (folder / name).symlink_to(ROOT / name)
     base = make_folder(folder / "made")
     for name in ("BASE", "stable-diffusion-v1-5", "PATH", "SRC"):
         (folder / name).symlink_to(base)
@@ -106,7 +107,7 @@ def _shift(path):
     save_file({k: v + 0.01 * rng.normal(size=v.shape).astype(v.dtype) for k, v in load_file(path).items()}, path)
 
 
-@pytest.mark.slow
+@pytest.mark.runs
 def test_every_command_of_the_docs_runs(commands, tmp_path):
     place(tmp_path)
     count, failed = 0, []

@@ -64,7 +64,7 @@ def test_inputs_without_any_relation_change_nothing():
         np.testing.assert_array_equal(made.qvalue, nearest.qvalue)
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_a_model_errs_less():
     """On inputs that it was not calibrated on; layer by layer as the one kernel."""
     pipe, rng = contrasting_dit(Process(None))

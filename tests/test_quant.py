@@ -262,7 +262,7 @@ def test_a_block_errs_as_qwix_does(scheme, theirs):
     np.testing.assert_allclose(_error(ours, exact), _error(peer, exact), rtol=0.1)
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_a_unet_errs_as_qwix_does():
     """With its scales, one a picture in 1x1 convolutions too; with ours, one a pixel and two at concatenations, it errs less."""
     module, params, inputs = _make("unet")

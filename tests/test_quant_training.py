@@ -82,7 +82,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(mode, runs, tmp_path):
     assert any("scales/dit" in path for path in sums[0]) == (mode == "lsq")
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_it_is_spread_and_accumulated_like_any_other(base, class_config, tmp_path):
     """The same gradient whole and in two parts, on eight devices and with what is trained spread over them."""
     found = []

@@ -232,7 +232,7 @@ def test_adapters_are_trained_over_it(run, class_config, tmp_path):
         jdiff.pipeline(run, lora=[tmp_path / "adapters"])
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_adapters_of_the_original_go_onto_its_copy(run, class_config, tmp_path):
     config = class_config.copy_and_resolve_references()
     config.update_from_flattened_dict({"init_from": str(run), "lora.rank": 2, "total_steps": 4, "checkpoint_every": 4})
@@ -271,7 +271,7 @@ def test_the_tool(commands, run, tmp_path):
         assert failed.returncode == 2 and said in failed.stderr and len(failed.stderr.splitlines()) == 1
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "more"), [("w8a8-static", ()), ("w8", ("--gptq",))])
 def test_a_copy_calibrated_on_data(commands, run, recipe, more, image_folder, tmp_path):
     made = commands.run(TOOL, run, tmp_path / "copy", "--recipe", recipe, "--calibrate", image_folder, *more)
@@ -280,7 +280,7 @@ def test_a_copy_calibrated_on_data(commands, run, recipe, more, image_folder, tm
     assert 0 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.1
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_a_calibrated_copy(commands, run, class_config, tmp_path):
     """Static steps come back from the file; adapters of others are refused by a balanced copy, its own are not."""
     made = commands.run(

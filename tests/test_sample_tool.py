@@ -152,7 +152,7 @@ def test_a_picture_by_prompt(commands, folder, tmp_path):
     assert expected.items() <= facts.items() and len(facts["model"]) == 16
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_prompts_go_round_and_batches_do_not_matter(commands, folder, tmp_path):
     prompts = ("--prompt", "a fox", "--prompt", "the moon", "--steps", 2, "--scheduler", "euler_ancestral")
     made = {}
@@ -178,7 +178,7 @@ def test_prompts_go_round_and_batches_do_not_matter(commands, folder, tmp_path):
         assert np.abs(found["arr_0"].astype(int) - np.stack([pixels for pixels, _ in whole[:2]])).max() <= 1
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_from_a_picture_and_within_a_mask(commands, folder, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
     image.save(tmp_path / "image.png")

@@ -340,7 +340,7 @@ def test_only_what_should_is_trained(pictures, base, tmp_path):
         assert kept == ({"unet", "text"} if trained else {"unet"})
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_buckets_train_with_one_shape_each(pictures, base, tmp_path, caplog):
     changes = {"buckets.use": True, "buckets.step": 4, "vae.path": str(base / "vae"), "total_steps": 6}
     config, shapes = make_config(pictures, **changes), set()
@@ -389,7 +389,7 @@ def test_a_cache_trains(caches, pictures, base, tmp_path):
     assert (tmp_path / "run" / "samples" / "step_00000002.png").exists()
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_cached_contexts_are_the_text_encoders(caches, pictures, base, tmp_path):
     """The same tokens and latents, encoded in the step or before, give the same loss."""
     losses = {}
@@ -498,7 +498,7 @@ def test_the_task_is_found_by_its_name(pictures, base):
     assert task.macs() == task.unet.macs(8, 8, text_length=16) + task.text.macs()
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_a_unet_trains_through_integers(pictures, base, tmp_path):
     """It learns scales, two where it concatenates, and its quantized copy takes them."""
     settings = {"total_steps": 2, "checkpoint_every": 2, "sample_every": 2, "quant.mode": "lsq", "optim.lr": 1e-4}
