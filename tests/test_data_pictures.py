@@ -1,10 +1,12 @@
 """Every kind of picture file becomes the RGB it shows; the crop is ADM's; the sources list what they should."""
 
+import contextlib
 import io
 import json
 import multiprocessing
 import os
 import pickle
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -270,3 +272,20 @@ def test_tfds_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
     with pytest.raises(data.DataError, match=r"pip install 'jax-jdiff\[tfds\]'"):
         data.open_source("tfds", path="mnist", image_size=16)
+
+
+def test_a_png_that_claims_gigabytes_takes_none(tmp_path):
+    """Of the length that a chunk states PIL makes room for as much, where a file on disk is its source."""
+    path = tmp_path / "a.png"
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"IDAT")
+    data[at - 4 : at] = (2**32 - 2**20).to_bytes(4, "big")
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ValueError, OSError, SyntaxError):
+            images.decode(str(path), 8)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()

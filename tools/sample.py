@@ -245,7 +245,9 @@ def from_prompts(pipe: Any, options: argparse.Namespace) -> tuple[Made, list[dic
 
 def open_picture(path: Path, size: tuple[int, int] | None, resampling: Image.Resampling) -> Image.Image:
     """A picture file, upright, of (height, width) where that is given."""
-    with Image.open(path) as image:
+    from jdiff.data.images import bounded
+
+    with Image.open(bounded(path)) as image:
         image = ImageOps.exif_transpose(image)
         image.load()
         return image.resize((size[1], size[0]), resampling) if size else image

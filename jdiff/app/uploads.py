@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from jdiff.convert import tensors
-from jdiff.data.images import to_rgb
+from jdiff.data.images import bounded, to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 2**26
@@ -20,7 +20,7 @@ def open_picture(path: str | Path | None) -> Image.Image:
     if path is None:
         raise ValueError("there is no picture: choose one")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(bounded(path), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"the picture has {image.width} x {image.height} pixels, above {MOST_PIXELS:,}")
             return to_rgb(ImageOps.exif_transpose(image))

@@ -1,6 +1,7 @@
 """Any picture file to RGB of the wanted size."""
 
 import io
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -11,6 +12,13 @@ MAX_PIXELS = 178_956_970
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # else PIL warns, at every reading, of half as many
 
 
+def bounded(file: str | Path | BinaryIO | bytes) -> io.BytesIO:
+    """A picture's file read whole, for PIL: reading from disk, it makes room for as many bytes as a PNG's chunk claims to have."""
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
+    return io.BytesIO(Path(file).read_bytes() if isinstance(file, str | Path) else file.read())
+
+
 def decode(
     file: str | BinaryIO | bytes, size: int | tuple[int, int], rng: np.random.Generator | None = None
 ) -> np.ndarray:
@@ -19,7 +27,7 @@ def decode(
     Upright by its EXIF tag, the first frame of an animation, transparency over white, 16-bit greys scaled to 8. ValueError
     or OSError (PIL's) with the reason when it cannot be decoded whole.
     """
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+    with Image.open(bounded(file)) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels is more than the limit of {MAX_PIXELS:,}")
         image.load()

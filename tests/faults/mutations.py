@@ -201,7 +201,7 @@ def survives(guard: Guard) -> str:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", "-p", "no:cacheprovider", guard.test]
         environment = {**os.environ, "PYTHONPATH": folder}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode == 1:
+    if done.returncode == 1 or done.returncode < 0:  # failed, or ended by a signal: donating one array twice is a crash
         return ""
     return f"{guard.test} ended with {done.returncode}: {done.stdout[-800:]}"
 
