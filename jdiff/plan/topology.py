@@ -121,7 +121,7 @@ def _tpu_devices(topology: Topology) -> list[Any]:
         os.environ.setdefault(key, value)
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    name = topology.name.partition("x")[2] if slices else topology.name
+    name = re.sub(r"^\d+x", "", topology.name)
     if topology.count == 1:  # a part of a host's chips is no topology of its own
         name = f"{name.partition(':')[0]}:{'2x2' + 'x1' * _cube(topology)}"
     try:
