@@ -128,13 +128,16 @@ def test_the_preview_is_nearer_the_pictures_than_one_colour(cache, pictures, vae
 def test_a_killed_run_goes_on_and_ends_the_same(commands, pictures, vae, cache, tmp_path):
     dest = tmp_path / "cache"
     process = commands.start(*arguments(pictures, dest, vae))
-    wait_until(lambda: len(list(dest.glob("moments-*.npy"))) >= 2, process)
+    wait_until(lambda: len(list(dest.glob("labels-*.npy"))) >= 2, process)  # of a shard's files the last
     process.kill()
     process.communicate()
     assert not (dest / "meta.json").exists(), "the kill came too late to prove anything"
     with pytest.raises(data.DataError, match="no finished cache"):
         data.open_source("latents", path=str(dest))
-    written = {p.name: p.stat().st_mtime_ns for p in dest.glob("moments-*.npy")}
+    shards = [p.name.removeprefix("labels") for p in dest.glob("labels-*.npy")]
+    written = {
+        name: (dest / name).stat().st_mtime_ns for shard in shards for name in (f"moments{shard}", f"labels{shard}")
+    }
     time.sleep(0.01)
     done = commands.run(*arguments(pictures, dest, vae))
     assert done.returncode == 0, done.stderr
