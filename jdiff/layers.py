@@ -13,10 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from jdiff import target, weights
+from jdiff.rows import boundary, rows_apart
 
 Initializer = Callable[..., Any]
 Dtype = Any
@@ -24,28 +23,6 @@ xavier_uniform = nn.initializers.xavier_uniform
 zeros = nn.initializers.zeros
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch's Linear and Conv2d start from, and so the UNet and the autoencoder."""
-
-
-def rows_apart(x: jax.Array, rest: Any = PartitionSpec.UNCONSTRAINED) -> jax.Array:
-    """x (rows, ...), and its gradient, with the rows over every axis of the mesh in use but `tensor`. rest: how the other axes lie,
-    as the compiler likes when left out, whole when None.
-
-    As it is where no mesh is in use (`sharding.in_use`), or the rows do not divide. Where parameters are split over devices that
-    also share out the rows, the compiler may split every product's columns instead, and then moves activations, which are many
-    times as large as the parameters.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or x.ndim == 0:
-        return x
-    axes = tuple(name for name in mesh.axis_names if name != "tensor")
-    if x.shape[0] % math.prod(mesh.shape[name] for name in axes):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[rest] * (x.ndim - 1)))
-
-
-def boundary(x: jax.Array) -> jax.Array:
-    """x (rows, ...) as it lies between two blocks: its rows apart, whole beside that."""
-    return rows_apart(x, None)
 
 
 class Dense(nn.Module):
@@ -123,120 +100,6 @@ def _gelu_tanh_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
 
 gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_tanh_backward)
 GELU_SLOPE = math.sqrt(2 / math.pi)
-
-
-def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: bool = False) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v, the one door to attention: (B, L, N, K) out. causal: token i sees the tokens 0..i.
-
-    On GPU it is JAX's fused attention (cuDNN where it takes the shape and dtype); elsewhere two products with an fp32
-    softmax between, over a chunk of the queries at a time where all scores at once would be large: memory grows with L + S,
-    in the gradient too.
-    """
-    if target.platform() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16):
-        return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, is_causal=causal)
-    q_BNLK, k_BNSK, v_BNSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
-    L, S = q_BLNK.shape[1], k_BSNK.shape[1]
-    chunks = 1 if causal else math.ceil(L * S / MOST_SCORES)
-    # rows of zeros fill the last chunk: a query's output depends on no other query, and their cotangents are zero
-    missing = math.ceil(L / chunks) * chunks - L
-    q_BNLK = jnp.pad(q_BNLK, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else q_BNLK
-    out_BNLK: jax.Array = _attention(q_BNLK, k_BNSK, v_BNSK, causal, chunks)
-    return jnp.swapaxes(out_BNLK, 1, 2)[:, :L]
-
-
-MOST_SCORES = 2**20
-"""Scores a head that are formed at once: 256 queries of 4096 keys, the best chunk of those tried on a CPU."""
-
-
-def _unnormalized(q_BNLK: jax.Array, k_BNSK: jax.Array, causal: bool = False) -> jax.Array:
-    """exp(scores - max), at least fp32."""
-    scores_BNLS = jnp.einsum("BNLK,BNSK->BNLS", q_BNLK * (q_BNLK.shape[-1] ** -0.5), k_BNSK)
-    scores_BNLS = scores_BNLS.astype(jnp.promote_types(scores_BNLS.dtype, jnp.float32))
-    if causal:
-        seen_LS = jnp.tril(jnp.ones(scores_BNLS.shape[-2:], bool))
-        scores_BNLS = jnp.where(seen_LS, scores_BNLS, -jnp.inf)
-    return jnp.exp(scores_BNLS - scores_BNLS.max(-1, keepdims=True))
-
-
-def _over_keys(p_BNLS: jax.Array, out_BNLK: jax.Array) -> jax.Array:
-    """The sum of p over its keys, in out's dtype: (B, N, L, 1), or as wide as out.
-
-    A TPU adds up by a product with ones: by XLA:TPU's estimate a quarter of what it takes for a sum of 256 keys along a row.
-    """
-    if target.platform() != "tpu":
-        return p_BNLS.sum(-1, keepdims=True).astype(out_BNLK.dtype)
-    ones_SK = jnp.ones((p_BNLS.shape[-1], out_BNLK.shape[-1]), out_BNLK.dtype)
-    return jnp.einsum("BNLS,SK->BNLK", p_BNLS.astype(out_BNLK.dtype), ones_SK)
-
-
-def _attend(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool = False) -> jax.Array:
-    """The normalisation comes after the second product, where it touches the fewest numbers."""
-    p_BNLS = _unnormalized(q_BNLK, k_BNSK, causal)
-    out_BNLK = jnp.einsum("BNLS,BNSK->BNLK", p_BNLS.astype(q_BNLK.dtype), v_BNSK)
-    return out_BNLK / _over_keys(p_BNLS, out_BNLK)
-
-
-def _attend_backward(saved: Any, g_BNLK: jax.Array, causal: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """FlashAttention's gradient (arXiv:2205.14135): probabilities are made again from the scores, and the softmax's inner
-    product is that of `out` and its cotangent.
-
-    Saving the log-sum-exp would spare little and cost XLA:CPU its one-pass attention: at DiT-S/2, b8, on 2 cores,
-    forward and gradient take 23 ms a layer so, 33 ms with it, 35 ms by autodiff.
-    """
-    q_BNLK, k_BNSK, v_BNSK, out_BNLK = saved
-    dtype, scale = q_BNLK.dtype, q_BNLK.shape[-1] ** -0.5
-    p_BNLS = _unnormalized(q_BNLK, k_BNSK, causal)
-    g_BNLK = g_BNLK / _over_keys(p_BNLS, out_BNLK)
-    inner_BNL1 = jnp.sum((g_BNLK * out_BNLK).astype(p_BNLS.dtype), -1, keepdims=True)
-    ds_BNLS = (p_BNLS * (jnp.einsum("BNLK,BNSK->BNLS", g_BNLK, v_BNSK) - inner_BNL1)).astype(dtype)
-    dq_BNLK = jnp.einsum("BNLS,BNSK->BNLK", ds_BNLS, k_BNSK) * scale
-    dk_BNSK = jnp.einsum("BNLS,BNLK->BNSK", ds_BNLS, q_BNLK) * scale
-    return dq_BNLK, dk_BNSK, jnp.einsum("BNLS,BNLK->BNSK", p_BNLS.astype(dtype), g_BNLK)
-
-
-def _in_chunks(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool, chunks: int) -> jax.Array:
-    if chunks == 1:
-        return _attend(q_BNLK, k_BNSK, v_BNSK, causal)
-    return _joined(jax.lax.map(lambda q: _attend(q, k_BNSK, v_BNSK), _split(q_BNLK, chunks)))
-
-
-_attention = jax.custom_vjp(_in_chunks, nondiff_argnums=(3, 4))
-
-
-def _forward(
-    q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool, chunks: int
-) -> tuple[jax.Array, Any]:
-    out_BNLK = checkpoint_name(_in_chunks(q_BNLK, k_BNSK, v_BNSK, causal, chunks), "attention")
-    return out_BNLK, (q_BNLK, k_BNSK, v_BNSK, out_BNLK)
-
-
-def _backward(causal: bool, chunks: int, saved: Any, g_BNLK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys' and values' gradients add up over the chunks."""
-    if chunks == 1:
-        return _attend_backward(saved, g_BNLK, causal)
-    q_BNLK, k_BNSK, v_BNSK, out_BNLK = saved
-
-    def body(sums: tuple[jax.Array, jax.Array], chunk: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        q, out, g = chunk
-        dq, dk, dv = _attend_backward((q, k_BNSK, v_BNSK, out), g)
-        return (sums[0] + dk, sums[1] + dv), dq
-
-    zeros = (jnp.zeros_like(k_BNSK), jnp.zeros_like(v_BNSK))
-    (dk_BNSK, dv_BNSK), dq = jax.lax.scan(body, zeros, tuple(_split(x, chunks) for x in (q_BNLK, out_BNLK, g_BNLK)))
-    return _joined(dq), dk_BNSK, dv_BNSK
-
-
-_attention.defvjp(_forward, _backward)
-
-
-def _split(x_BNLK: jax.Array, chunks: int) -> jax.Array:
-    B, N, L, K = x_BNLK.shape
-    return jnp.moveaxis(x_BNLK.reshape(B, N, chunks, L // chunks, K), 2, 0)
-
-
-def _joined(x_chunks: jax.Array) -> jax.Array:
-    chunks, B, N, rows, K = x_chunks.shape
-    return jnp.moveaxis(x_chunks, 0, 2).reshape(B, N, chunks * rows, K)
 
 
 def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10_000.0, freq_shift: int = 0) -> jax.Array:

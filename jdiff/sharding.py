@@ -194,7 +194,7 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def in_use(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function to be traced, within which models lay what stands between their blocks on the mesh (`layers.boundary`)."""
+    """A function to be traced, within which models lay what stands between their blocks on the mesh (`rows.boundary`)."""
 
     def inside(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

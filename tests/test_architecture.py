@@ -15,8 +15,15 @@ FLOORS = (
         {"tokens"},
         {"config"},
     ),
-    *({"lora", "quant", "sharding", "optim"}, {"diffusion"}, {"models"}, {"layers"}, {"weights", "gptq"}),
-    *({"qtensor"}, {"convolution", "tree"}, {"npz", "paths", "target", "version"}),
+    *(
+        {"lora", "quant", "sharding", "optim"},
+        {"diffusion"},
+        {"models"},
+        {"layers"},
+        {"attention"},
+        {"weights", "gptq"},
+    ),
+    *({"qtensor"}, {"convolution", "rows", "tree"}, {"npz", "paths", "target", "version"}),
 )
 """Top first. A module imports from floors below its own, a package also from itself."""
 LEVEL = {name: len(FLOORS) - i for i, floor in enumerate(FLOORS) for name in floor}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jdiff
-from jdiff import layers, tree
+from jdiff import attention, layers, tree
 
 COUNTS = {  # parameters, GMAC of a forward pass (arXiv:2212.09748, table 1)
     "DiT-S/2": (32_963_360, 6.06),
@@ -224,8 +224,8 @@ def test_written_out_gradients_are_the_derivatives():
         return jnp.einsum("BNLS,BSNK->BLNK", p, v)
 
     with jax.enable_x64(True):
-        np.testing.assert_allclose(layers.attention(q, k, v), plain(q, k, v), atol=1e-12)
-        found, expected = (jax.vjp(f, q, k, v)[1](jnp.asarray(g)) for f in (layers.attention, plain))
+        np.testing.assert_allclose(attention.attention(q, k, v), plain(q, k, v), atol=1e-12)
+        found, expected = (jax.vjp(f, q, k, v)[1](jnp.asarray(g)) for f in (attention.attention, plain))
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-12)
         np.testing.assert_allclose(layers.gelu_tanh(x), jax.nn.gelu(x, approximate=True), atol=1e-12)
@@ -238,7 +238,7 @@ def test_written_out_gradients_are_the_derivatives():
 
 def test_large_scores_do_not_overflow():
     q = np.full((1, 2, 1, 4), 1e3, np.float32)
-    out, back = jax.vjp(layers.attention, q, q, q)
+    out, back = jax.vjp(attention.attention, q, q, q)
     assert np.isfinite(out).all()
     assert all(np.isfinite(x).all() for x in back(out))
 

@@ -10,8 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jdiff.layers import Dense, Embed, LayerNorm, attention, boundary
+from jdiff.attention import attention
+from jdiff.layers import Dense, Embed, LayerNorm
 from jdiff.models.macs import macs
+from jdiff.rows import boundary
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import tree
+from jdiff.attention import attention
 from jdiff.layers import (
     Conv,
     Dense,
     Embed,
-    attention,
-    boundary,
     gelu_tanh,
     layer_norm,
     sincos_positions_2d,
@@ -27,6 +26,7 @@ from jdiff.layers import (
     zeros,
 )
 from jdiff.models.macs import macs
+from jdiff.rows import boundary
 
 Remat = Literal["none", "dots", "full"]
 EPS = 1e-6

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jdiff.attention import attention
 from jdiff.layers import (
     Conv,
     Dense,
@@ -18,13 +19,12 @@ from jdiff.layers import (
     LayerNorm,
     ResnetBlock,
     Upsample,
-    attention,
-    boundary,
     timestep_embedding,
     torch_uniform,
     zeros,
 )
 from jdiff.models.macs import macs
+from jdiff.rows import boundary
 
 EPS = 1e-5
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdiff.layers import Conv, Dense, Downsample, GroupNorm, ResnetBlock, Upsample, attention, torch_uniform
+from jdiff.attention import attention
+from jdiff.layers import Conv, Dense, Downsample, GroupNorm, ResnetBlock, Upsample, torch_uniform
 from jdiff.models.macs import macs
 
 EPS = 1e-6

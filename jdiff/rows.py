@@ -1,0 +1,29 @@
+"""Where the rows of a batch lie, over the mesh in use (`sharding.in_use`), while a model is traced."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+
+def rows_apart(x: jax.Array, rest: Any = PartitionSpec.UNCONSTRAINED) -> jax.Array:
+    """x (rows, ...), and its gradient, with the rows over every axis of the mesh in use but `tensor`. rest: how the other axes lie,
+    as the compiler likes when left out, whole when None.
+
+    As it is where no mesh is in use (`sharding.in_use`), or the rows do not divide. Where parameters are split over devices that
+    also share out the rows, the compiler may split every product's columns instead, and then moves activations, which are many
+    times as large as the parameters.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or x.ndim == 0:
+        return x
+    axes = tuple(name for name in mesh.axis_names if name != "tensor")
+    if x.shape[0] % math.prod(mesh.shape[name] for name in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[rest] * (x.ndim - 1)))
+
+
+def boundary(x: jax.Array) -> jax.Array:
+    """x (rows, ...) as it lies between two blocks: its rows apart, whole beside that."""
+    return rows_apart(x, None)
