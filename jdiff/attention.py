@@ -9,19 +9,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jdiff import target
+from jdiff.rows import row_axes
 
 
 def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: bool = False) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v, the one door to attention: (B, L, N, K) out. causal: token i sees the tokens 0..i.
 
-    On GPU it is JAX's fused attention (cuDNN where it takes the shape and dtype); elsewhere two products with an fp32
-    softmax between, over a chunk of the queries at a time where all scores at once would be large: memory grows with L + S,
-    in the gradient too.
+    On GPU it is JAX's fused attention (cuDNN where it takes the shape and dtype), on TPU splash where there are many keys;
+    elsewhere two products with an fp32 softmax between, over a chunk of the queries at a time where all scores at once would
+    be large: memory grows with L + S, in the gradient too.
     """
     if target.platform() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16):
         return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, is_causal=causal)
+    if target.platform() == "tpu" and not causal and _splash_takes(q_BLNK, k_BSNK):
+        return _splash(q_BLNK, k_BSNK, v_BSNK)
     q_BNLK, k_BNSK, v_BNSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
     L, S = q_BLNK.shape[1], k_BSNK.shape[1]
     chunks = 1 if causal else math.ceil(L * S / MOST_SCORES)
@@ -34,6 +38,53 @@ def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: b
 
 MOST_SCORES = 2**20
 """Scores a head that are formed at once: 256 queries of 4096 keys, the best chunk of those tried on a CPU."""
+
+
+LEAST_KEYS = 1024
+"""From as many on a TPU's attention is splash: at 256 XLA:TPU's own is estimated at less than what laying the heads out for
+the kernel takes."""
+LANES = 128
+"""Of a TPU's vector: splash's blocks are multiples of it."""
+MOST_BLOCK = 512
+
+
+def _splash_takes(q_BLNK: jax.Array, k_BSNK: jax.Array) -> bool:
+    L, S, K = q_BLNK.shape[1], k_BSNK.shape[1], q_BLNK.shape[-1]
+    return S >= LEAST_KEYS and L % LANES == S % LANES == 0 and K <= 2 * LANES
+
+
+def _splash(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array:
+    """JAX's own kernel (FlashAttention's idea, arXiv:2205.14135): no score leaves the chip's vector memory.
+
+    The compiler cannot split a kernel over devices, so each takes its rows of the mesh in use, and its heads.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _splash_of_one(q_BLNK, k_BSNK, v_BSNK)
+    rows = row_axes(mesh, q_BLNK.shape[0])
+    heads = "tensor" if q_BLNK.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
+    lie = PartitionSpec(rows, None, heads)
+    return jax.shard_map(_splash_of_one, mesh=mesh, in_specs=lie, out_specs=lie, check_vma=False)(
+        q_BLNK, k_BSNK, v_BSNK
+    )
+
+
+def _splash_of_one(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array:
+    """On one device."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    (L, N, K), S = q_BLNK.shape[1:], k_BSNK.shape[1]
+    block = lambda length: next(n for n in range(MOST_BLOCK, 0, -LANES) if length % n == 0)  # noqa: E731
+    q, k = block(L), block(S)
+    blocks = splash_attention_kernel.BlockSizes(
+        block_q=q, block_kv=k, block_q_dkv=q, block_kv_dkv=k, block_q_dq=q, block_kv_dq=k
+    )
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((L, S))] * N)
+    kernel: Any = splash_attention_kernel.make_splash_mha_single_device(
+        mask, block_sizes=blocks, residual_checkpoint_name="attention"
+    )
+    q_BNLK, k_BNSK, v_BNSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK * K**-0.5, k_BSNK, v_BSNK))
+    return jnp.swapaxes(jax.vmap(kernel)(q_BNLK, k_BNSK, v_BNSK), 1, 2)
 
 
 def _unnormalized(q_BNLK: jax.Array, k_BNSK: jax.Array, causal: bool = False) -> jax.Array:

@@ -4,7 +4,13 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
+
+
+def row_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...] | None:
+    """The axes that so many rows are shared out over: all but `tensor`; None where they do not divide."""
+    axes = tuple(name for name in mesh.axis_names if name != "tensor")
+    return None if rows % math.prod(mesh.shape[name] for name in axes) else axes
 
 
 def rows_apart(x: jax.Array, rest: Any = PartitionSpec.UNCONSTRAINED) -> jax.Array:
@@ -18,8 +24,8 @@ def rows_apart(x: jax.Array, rest: Any = PartitionSpec.UNCONSTRAINED) -> jax.Arr
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or x.ndim == 0:
         return x
-    axes = tuple(name for name in mesh.axis_names if name != "tensor")
-    if x.shape[0] % math.prod(mesh.shape[name] for name in axes):
+    axes = row_axes(mesh, x.shape[0])
+    if axes is None:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *[rest] * (x.ndim - 1)))
 

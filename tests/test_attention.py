@@ -1,12 +1,16 @@
 """Attention behind its one door: against PyTorch."""
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-from jdiff import attention, target
+from jdiff import attention, sharding, target
 
 
 def qkv(L, S, B=2, N=3, K=8):
@@ -48,3 +52,26 @@ def test_attention_of_large_pictures_fits(tokens):
     gradient = jax.grad(lambda q, k, v: attention.attention(q, k, v).sum(), (0, 1, 2))
     memory = jax.jit(gradient).lower(x, x, x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 150 * 2**20
+
+
+@pytest.mark.parametrize(("L", "S", "K", "mesh"), [(1024, 1024, 40, None), (128, 1152, 72, (2, 1, 2))])
+def test_splash_equals_pytorch(monkeypatch, L, S, K, mesh):
+    """Interpreted, since no TPU is at hand: alone, and each device of a mesh with its rows and heads. 1152 keys are no multiple of
+    the largest block."""
+    interpreted = partial(splash.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash, "make_splash_mha_single_device", interpreted)
+    inputs = qkv(L, S, N=2, K=K)
+
+    def value(q, k, v):
+        out = attention.attention(q, k, v)
+        return (out * jnp.cos(out)).sum(), out
+
+    if mesh is not None:
+        made = sharding.make_mesh(*mesh, jax.devices()[: math.prod(mesh)])
+        value, inputs = sharding.in_use(made, value), jax.device_put(inputs, sharding.batch_sharding(made))
+    step = jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))
+    with target.compiling_for("tpu"):
+        assert "splash_mha_dkv" in str(jax.make_jaxpr(step)(*inputs))
+        (_, out), gradients = step(*inputs)
+    for found, expected in zip((out, *gradients), torch_attention(*inputs), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)

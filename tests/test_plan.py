@@ -15,8 +15,8 @@ from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jdiff
+from jdiff import attention, sharding, target, train, tree
 from jdiff import config as configs
-from jdiff import sharding, target, train, tree
 from jdiff.plan import report, sampling, topology, training
 from jdiff.plan.program import Program
 
@@ -95,6 +95,27 @@ def test_a_programs_cycles_count_a_loops_body_as_often_as_it_runs():
 def test_a_loop_whose_length_is_not_in_the_text_counts_once_and_is_named():
     program = Program(TPU.replace("tuple(%copy.2, %x.1)", "tuple(%n, %x.1)"))
     assert program.cycles == 1002 and program.unknown_loops == ["loop"]
+
+
+SPLASH = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (q: bf16[2,8,1024,72], k: bf16[2,8,2048,72]) -> bf16[2,8,1024,72] {
+  %q = bf16[2,8,1024,72]{3,2,1,0} parameter(0)
+  %k = bf16[2,8,2048,72]{3,2,1,0} parameter(1)
+  %mask = s8[1,8,8]{2,1,0} constant({...})
+  %splash_mha_dq_no_residuals.1 = (f32[8,512,72]{2,1,0}, bf16[2,8,1024,72]{3,2,1,0}) custom-call(%mask, %q, %k, %k), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q_dq\\": 512}"
+}}, metadata={op_name="jit(f)/splash_mha_dq_no_residuals"}
+  ROOT %dq = bf16[2,8,1024,72]{3,2,1,0} get-tuple-element(%splash_mha_dq_no_residuals.1), index=1
+}
+"""
+
+
+def test_attentions_kernels_are_counted_by_their_products():
+    program = Program(SPLASH)
+    assert [*program.kernels.values()] == [2 * 3 * 2 * 8 * 1024 * 2048 * 128]  # three products, 72 padded to 128
+    assert program.not_estimated == {} and program.cycles == 0
 
 
 def test_a_programs_collectives_and_products():
@@ -317,6 +338,22 @@ def test_slices_lie_along_data_as_far_as_it_divides(data, fsdp, tensor, across):
     assert len({*slices.flat}) == 2
     rows = slices.reshape(-1, 16) if across == 2 else slices.reshape(2, 16)
     assert (rows == rows[:, :1]).all()
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("width", [40, 72, 80])
+def test_splash_compiles_for_a_tpu(width):
+    """For heads of SD's UNet and of DiT-XL, on one chip and on four, each with its rows and heads."""
+    devices = topology.devices(topology.parse("v5e:2x2"))
+    for mesh in (sharding.make_mesh(1, 1, 1, devices[:1]), sharding.make_mesh(2, 1, 2, devices)):
+        x = jax.ShapeDtypeStruct((4, 1024, 8, width), jnp.bfloat16, sharding=sharding.batch_sharding(mesh))
+        value = sharding.in_use(mesh, lambda q, k, v: attention.attention(q, k, v).astype(jnp.float32).sum())
+        with target.compiling_for("tpu"):
+            compiled = jax.jit(jax.grad(value, (0, 1, 2))).lower(x, x, x).compile()
+        rows, heads = 4 // mesh.shape["data"], 8 // mesh.shape["tensor"]
+        product = 2 * rows * heads * 1024 * 1024 * 128
+        assert sorted(Program(compiled.as_text()).kernels.values()) == [2 * product, 3 * product, 4 * product]
 
 
 @pytest.mark.slow

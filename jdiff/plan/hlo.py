@@ -69,6 +69,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """A module's computations, and the entry's name; ValueError when there is none."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = None, None
+    text = re.sub(r'\n("|}})', r"\1", text)  # what a kernel says of itself goes over several lines
     for line in text.splitlines():
         if start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
             current = computations.setdefault(start[2], [])

@@ -1,7 +1,7 @@
 """What a compiler says of a program: the text of a compiled HLO module, read.
 
 XLA:TPU writes an estimate of its cycles beside each instruction that it schedules. A loop's body stands in the text once; here it
-counts as often as it runs. Instructions without an estimate (Pallas kernels, copies that run on their own, collectives) are
+counts as often as it runs. Instructions without an estimate (kernels, copies that run on their own, collectives) are
 counted, so that it can be said what share of the program an estimate speaks for.
 """
 
@@ -13,6 +13,7 @@ from functools import cached_property
 
 from jdiff.plan import hlo
 from jdiff.plan.hlo import Instruction
+from jdiff.plan.kernels import kernel_flops
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = frozenset(
@@ -87,24 +88,43 @@ class Program:
         """The sum of all estimates."""
         return sum(made.cycles for made in self.scheduled)
 
+    @cached_property
+    def kernels(self) -> dict[int, int]:
+        """Place in `scheduled` -> FLOPs of all its runs, of the kernels that are known (`kernels.py`)."""
+        found: dict[int, int] = {}
+        for place, made in enumerate(self.scheduled):
+            if made.instruction.opcode == "custom-call":
+                types = {other.name: other.arrays for other in self.computations[made.computation]}
+                operands = [array for name in made.instruction.operands for array in types[name][:1]]
+                flops = kernel_flops(made.instruction.name, operands)
+                if flops is not None:
+                    found[place] = made.repeats * flops
+        return found
+
+    @property
+    def _estimable(self) -> Iterator[Scheduled]:
+        """What computes, and is no kernel that is counted otherwise."""
+        for place, made in enumerate(self.scheduled):
+            if not made.instruction.asynchronous and place not in self.kernels:
+                yield made
+
     @property
     def share_estimated(self) -> float:
         """The share that carries an estimate, by the bytes that all runs write; of what computes, not of what only moves arrays
-        beside the rest (`asynchronous`)."""
+        beside the rest (`asynchronous`), and without the known `kernels`."""
         known, total = 0, 0
-        for made in self.scheduled:
-            if not made.instruction.asynchronous:
-                size = made.repeats * sum(array.bytes for array in made.instruction.arrays)
-                known += size * (made.instruction.cycles is not None)
-                total += size
+        for made in self._estimable:
+            size = made.repeats * sum(array.bytes for array in made.instruction.arrays)
+            known += size * (made.instruction.cycles is not None)
+            total += size
         return known / max(total, 1)
 
     @property
     def not_estimated(self) -> Counter[str]:
         """Opcode -> how many runs have no estimate; custom calls with their target."""
         found: Counter[str] = Counter()
-        for made in self.scheduled:
-            if made.instruction.cycles is None and not made.instruction.asynchronous:
+        for made in self._estimable:
+            if made.instruction.cycles is None:
                 target = re.search(r'custom_call_target="([^"]*)"', made.instruction.text)
                 found[f"{made.instruction.opcode} {target[1]}" if target else made.instruction.opcode] += made.repeats
         return found

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from jdiff.plan import kernels
 from jdiff.plan.training import Plan
 
 
@@ -24,6 +25,9 @@ def describe(plan: Plan) -> str:
     if plan.seconds is not None and plan.mfu is not None:
         speed = f"{plan.seconds * 1e3:.1f} ms a step, {plan.batch_size / plan.seconds:.1f} pictures/s"
         lines.append(f"time        {speed}, MFU {plan.mfu:.1%}, no transfers counted")
+    if plan.kernel_cycles and plan.cycles:
+        share = f"{plan.kernel_cycles / plan.cycles:.1%} of it in attention's kernels"
+        lines.append(f"            {share}, which have no estimate: taken at {kernels.SHARE:.0%} of peak")
     if plan.share_estimated is not None:
         rest = ", ".join(
             f"{count} {opcode}" for opcode, count in sorted(plan.not_estimated.items(), key=lambda x: -x[1])[:6]

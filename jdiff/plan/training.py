@@ -1,6 +1,7 @@
 """A config's own training step compiled ahead of time for a machine that is not there, and what the compiler says of it."""
 
 import dataclasses
+import math
 import re
 import time
 from collections import defaultdict
@@ -10,7 +11,7 @@ import jax
 
 from jdiff import config as configs
 from jdiff import data, sharding, target, train, tree
-from jdiff.plan import arithmetic, topology
+from jdiff.plan import arithmetic, kernels, topology
 from jdiff.plan.program import Program
 
 GPU_SHARE = 0.4
@@ -35,7 +36,8 @@ class Plan:
 
     basis: where the figures come from. state: parameters, average, optimizer, frozen. temporary: activations, gradients and
     scratch. fits: None where the memory is not known. seconds: of the program's estimated cycles, or of the arithmetic; transfers
-    are not in it. mfu: model FLOPs over peak in that time. share_estimated: see `Program`; not_estimated: what has none.
+    are not in it. kernel_cycles: of `cycles`, those of kernels, which have no estimate and are taken at `kernels.SHARE` of peak.
+    mfu: model FLOPs over peak in that time. share_estimated: see `Program`; not_estimated: what has none.
     """
 
     title: str
@@ -55,6 +57,7 @@ class Plan:
     memory: int
     model_flops: float
     cycles: int | None = None
+    kernel_cycles: int | None = None
     seconds: float | None = None
     mfu: float | None = None
     share_estimated: float | None = None
@@ -142,12 +145,14 @@ def _compiled(setup: train.Setup, where: topology.Topology, batch: dict[str, Any
     if where.platform == "cpu":
         return plan
     assert where.chip.peak is not None and where.chip.flops_per_cycle is not None
-    mfu = plan.model_flops / where.count / (program.cycles * where.chip.flops_per_cycle)
+    of_kernels = math.ceil(sum(program.kernels.values()) / (kernels.SHARE * where.chip.flops_per_cycle))
+    cycles = program.cycles + of_kernels
     return dataclasses.replace(
         plan,
-        cycles=program.cycles,
-        seconds=program.cycles * where.chip.flops_per_cycle / where.chip.peak,
-        mfu=mfu,
+        cycles=cycles,
+        kernel_cycles=of_kernels,
+        seconds=cycles * where.chip.flops_per_cycle / where.chip.peak,
+        mfu=plan.model_flops / where.count / (cycles * where.chip.flops_per_cycle),
         share_estimated=program.share_estimated,
         not_estimated=dict(program.not_estimated),
         unknown_loops=program.unknown_loops,
