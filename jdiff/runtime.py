@@ -12,7 +12,6 @@ from jdiff.paths import cache_dir
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """glibc's names for `mallopt` (malloc.h)."""
 
-
 LEAST_ROWS = 4
 """Rows of a training batch that a CPU core should have at least, to be worth a device of its own."""
 
@@ -48,8 +47,10 @@ def prepare(devices: int | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     quiet()
+    _mallopt(M_ARENA_MAX, 1)  # before JAX starts its threads
     if jax.default_backend() == "cpu":
-        keep_heap()
+        _mallopt(M_MMAP_MAX, 0)
+        _mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def quiet() -> None:
@@ -58,13 +59,13 @@ def quiet() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-def keep_heap() -> None:
-    """Tells glibc's malloc to give no memory back to the kernel; other C libraries are left as they are.
+def _mallopt(option: int, value: int) -> None:
+    """Tells glibc's malloc how to work; other C libraries are left as they are.
 
-    XLA's CPU client takes its scratch memory anew for each call, hundreds of MiB that the kernel zeroes page by page: a
-    DiT-S/2 training step is a seventh quicker without that (docs/performance.md).
+    XLA's CPU client takes its scratch memory anew for each call, hundreds of MiB. Where malloc gives that back to the kernel,
+    which it does unless told otherwise, and always in an arena that is a thread's own, the kernel zeroes it page by page: a
+    DiT-S/2 training step takes a quarter longer (docs/performance.md).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
-            mallopt(option, value)
+    found = getattr(ctypes.CDLL(None), "mallopt", None)
+    if found is not None:
+        found(option, value)
