@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdiff import diffusion
+from jdiff import diffusion, target
 
 SHAPE = (3, 4, 4, 2)
 WEIGHT = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32) * 0.5
@@ -262,6 +262,23 @@ def test_guidance_formulas():
     each = diffusion.guide(_labelled, Y, NULL, jnp.array([1.0, 4.0, 0.0]))(x, t_B)[..., :2]
     for got, want in zip(each, (cond[0], mixed[1], uncond[2]), strict=True):
         np.testing.assert_allclose(got, want[..., :2], rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_of_many_rows_is_that_of_each():
+    """A CPU takes half of the rows at a time where there are many; elsewhere all are one batch."""
+    rows = diffusion.guidance.LEAST_ROWS * jax.device_count()
+    x, t_B = (jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (rows, *n)), jnp.float32) for n in ((8, 8, 2), ()))
+    labels, sizes = jnp.arange(rows) % NULL, []
+
+    def spy(x, t, y):
+        sizes.append(len(x))
+        return _labelled(x, t, y)
+
+    guided = lambda: diffusion.guide(spy, labels, NULL, 4.0, rescale=0.7)(x, t_B)  # noqa: E731
+    found = guided()
+    with target.compiling_for("tpu"):
+        np.testing.assert_allclose(found, guided(), rtol=1e-5, atol=1e-5)
+    assert sizes == [rows, 2 * rows]
 
 
 def test_guidance_rescale():

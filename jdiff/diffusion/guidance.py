@@ -6,7 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdiff import target
 from jdiff.diffusion.schedule import ModelFn
+
+LEAST_ROWS = 4
+"""From so many a device, a CPU is quicker with half of the rows at a time, whose activations its cache holds: 8 pictures of DiT-S/2
+on two cores by 9 %."""
 
 
 def guide(
@@ -20,7 +25,8 @@ def guide(
     interval: tuple[float, float] | None = None,
     num_timesteps: int = 1000,
 ) -> ModelFn:
-    """The denoiser uncond + scale * (cond - uncond), one call of the model on a batch of 2B a step.
+    """The denoiser uncond + scale * (cond - uncond), one call of the model on a batch of 2B a step, or on a CPU two on B where
+    each device has `LEAST_ROWS` of them.
 
     Args:
       model_fn: (x_BHWC, t_B, y_B) to C or 2C channels; a second half (the variance) is the conditional one.
@@ -48,9 +54,11 @@ def guide(
         return model_fn(x, t_B, y_B)
 
     def guided(x, t_B):
-        # A sample and its unconditional twin are neighbours, so that a sharded batch need not be moved.
-        out = model_fn(_interleave(x, x), _interleave(t_B, t_B), jax.tree.map(_interleave, y_B, null_label))
-        cond, uncond = out[::2], out[1::2]
+        if target.platform() == "cpu" and len(x) >= LEAST_ROWS * jax.device_count():
+            cond, uncond = jax.lax.map(lambda y: model_fn(x, t_B, y), jax.tree.map(_stack, y_B, null_label))
+        else:  # a sample and its unconditional twin are neighbours, so that a sharded batch need not be moved
+            out = model_fn(_interleave(x, x), _interleave(t_B, t_B), jax.tree.map(_interleave, y_B, null_label))
+            cond, uncond = out[::2], out[1::2]
         count = min(channels or x.shape[-1], x.shape[-1])
         strength = _column(jnp.asarray(scale, cond.dtype), x)
         if interval is not None:
@@ -73,8 +81,12 @@ def _inside(t_B, interval, num_timesteps):
     return (level >= interval[0]) & (level <= interval[1])
 
 
+def _stack(a, b, axis=0):
+    return jnp.stack([a, jnp.broadcast_to(b, a.shape).astype(a.dtype)], axis)
+
+
 def _interleave(a, b):
-    return jnp.stack([a, jnp.broadcast_to(b, a.shape).astype(a.dtype)], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
+    return _stack(a, b, 1).reshape(2 * a.shape[0], *a.shape[1:])
 
 
 def _column(x, like):
