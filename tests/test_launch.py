@@ -130,8 +130,9 @@ def test_a_mistake_is_one_line(commands, tmp_path, extra, said):
     assert not (tmp_path / "w").exists()
 
 
-def test_devices_that_do_not_divide_the_batch(commands, tmp_path):
+def test_devices_that_do_not_divide_the_batch(commands, image_folder, tmp_path):
     arguments = ("--config", "configs/dit_s2.py", "--workdir", tmp_path / "w", *commands.tiny)
+    arguments += ("--config.data.name=imagefolder", f"--config.data.path={image_folder}")
     assert "8 and 16" in refused(commands, *arguments, "--config.batch_size=12", devices=8)
     line = refused(commands, *arguments, "--config.mesh.fsdp=3", devices=8)
     assert "does not cover 8" in line and "4 x 2 x 1" in line
