@@ -39,10 +39,9 @@ def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: b
 MOST_SCORES = 2**20
 """Scores a head that are formed at once: 256 queries of 4096 keys, the best chunk of those tried on a CPU."""
 
-
 LEAST_KEYS = 1024
-"""From as many on a TPU's attention is splash: at 256 XLA:TPU's own is estimated at less than what laying the heads out for
-the kernel takes."""
+"""From as many on a TPU's attention is splash: at 256 XLA:TPU's own is estimated at less, with the gradient
+(docs/performance.md)."""
 LANES = 128
 """Of a TPU's vector: splash's blocks are multiples of it."""
 MOST_BLOCK = 512

@@ -1,4 +1,4 @@
-"""How a CPU is split into devices."""
+"""How a CPU is split into devices, and keeps its memory."""
 
 import os
 import platform

@@ -58,10 +58,10 @@ def test_a_soak_leaves_nothing_behind(commands, image_folder, tmp_path, monkeypa
         while len(checkpoint.steps(run)) < 2:  # compiled, saved, sampled, scored
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(1)
-        start, seen = time.monotonic(), []
+        start, seen, watched = time.monotonic(), [], psutil.Process(process.pid)
         while time.monotonic() < start + seconds:
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            seen.append(look(psutil.Process(process.pid)))
+            seen.append(look(watched))
             time.sleep(max(0.5, seconds / 1000))
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 143, (tmp_path / "log").read_text()[-3000:]
