@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from jdiff.logbook import read_metrics
 from jdiff.paths import whole
@@ -136,7 +137,7 @@ def _grids(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _png(data: bytes, alt: str) -> str:
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
 def _settings(runs: Sequence[Run]) -> str:
@@ -180,7 +181,7 @@ def _figure(runs: Sequence[Run]) -> Iterator[str]:
             axes.set_yscale("log")
         if len(keys) > 1 or (i == 0 and len(runs) > 1):
             axes.legend(fontsize=8)
-    yield picture(figure, "curves")
+    yield drawing(figure, "curves")
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -193,7 +194,14 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def picture(figure: Any, alt: str) -> str:
+def picture(image: Image.Image, alt: str) -> str:
+    """A picture as HTML's img, whole in the page."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return _png(buffer.getvalue(), alt)
+
+
+def drawing(figure: Any, alt: str) -> str:
     """A figure as HTML's img, whole in the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

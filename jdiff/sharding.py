@@ -1,6 +1,7 @@
 """Meshes, and where each array lies on them. Knows trees, shapes and names, no model."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,9 @@ RULES: Table = (
     (r".*", "fsdp"),
 )
 """Of a training state: a model's name may stand behind others, so that its adapters, averages and moments lie as it does."""
+UNREAD = r"(opt_state|ema_params)/.*"
+"""Of a training state: what no pass through the model reads. It is split over data as well, so that of devices with the same
+parameters each updates a part of them and passes it on (arXiv:2004.13336)."""
 SPLIT_AXIS = {
     "outputs": {"kernel": -1, "bias": -1, "qvalue": -1, "scale": -1, "b": -1, "magnitude": -1},
     "inputs": {"kernel": -2, "qvalue": -2, "a": -2},
@@ -102,7 +106,9 @@ def nearest_meshes(n: int, sizes: list[int], most: int = 2) -> list[tuple[int, i
     return sorted(shapes, key=lambda shape: (round(away(shape), 6), shape[::-1]))[:most]
 
 
-def leaf_spec(path: str, leaf: Any, fsdp: int, tensor: int = 1, rules: tree.Rules[str] = RULES) -> PartitionSpec:
+def leaf_spec(
+    path: str, leaf: Any, fsdp: int, tensor: int = 1, data: int = 1, rules: tree.Rules[str] = RULES
+) -> PartitionSpec:
     """Where one array lies, by its path's rule and its shape.
 
     ValueError, naming the nearest tensor sizes that do, where the tensor axis does not divide it.
@@ -117,11 +123,13 @@ def leaf_spec(path: str, leaf: Any, fsdp: int, tensor: int = 1, rules: tree.Rule
                 f"the nearest that do are {' and '.join(map(str, nearest_divisors(shape[split], tensor)))}"
             )
         axes[split] = "tensor"
-    if how != "replicate" and fsdp > 1 and math.prod(shape) >= SMALL:
+    for name, size in (("fsdp", fsdp), ("data", data if re.fullmatch(UNREAD, path) else 1)):
+        if how == "replicate" or size == 1 or math.prod(shape) < SMALL:
+            continue
         # ties go to the last axis, which is the one that products keep contiguous
         for axis in sorted(range(len(shape)), key=lambda i: (shape[i], i), reverse=True):
-            if axes[axis] is None and shape[axis] % fsdp == 0:
-                axes[axis] = "fsdp"
+            if axes[axis] is None and shape[axis] % size == 0:
+                axes[axis] = name
                 break
     return PartitionSpec(*axes) if any(axes) else PartitionSpec()
 
@@ -140,8 +148,9 @@ def nearest_divisors(n: int, size: int) -> list[int]:
 
 def shardings(mesh: Mesh, state: Any, rules: tree.Rules[str] = RULES) -> Any:
     """A NamedSharding for each leaf. Optimizer state and averages follow their parameter, since the rules see names and shapes."""
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    return tree.map_with_path(lambda path, leaf: NamedSharding(mesh, leaf_spec(path, leaf, fsdp, tensor, rules)), state)
+    data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+    place = lambda path, leaf: NamedSharding(mesh, leaf_spec(path, leaf, fsdp, tensor, data, rules))  # noqa: E731
+    return tree.map_with_path(place, state)
 
 
 def unsplit(mesh: Mesh, state: Any, rules: tree.Rules[str] = RULES) -> list[str]:

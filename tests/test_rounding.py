@@ -108,6 +108,10 @@ def test_distances(subject, other):
     itself, seed = found["itself"], found["another seed"]
     assert set(itself.error) == {0.0} and all(set(steps) == {0.0} for steps in itself.drift.values())
     assert min(itself.psnr.values()) > 90
+    assert all(
+        (itself.pictures[s] == subject.pictures(subject.samples(seed=0, sampler=s, **STEPS)[0])).all()
+        for s in (other, "ddim")
+    )
     coarsest = found["w4" if other == "ddpm" else "w8"]
     for sampler in (other, "ddim"):
         assert len(itself.drift[sampler]) == (4 if sampler == "pndm" else 3)
@@ -123,15 +127,19 @@ def test_distances(subject, other):
     )
     text = rounding.tables(found)
     assert text.count("PSNR, dB") == 2 and "another seed" in text.splitlines()[0]
+    assert found["w8"].size < itself.size / 2 and text.splitlines()[-1].startswith("weights, MB")
 
 
 def test_the_page(tmp_path):
-    distance = rounding.Distance([0.1] * 10, {"ddim": [0.1, 0.2], "euler": [0.1, 0.3]}, {"ddim": 40.0, "euler": 41.0})
+    pictures = np.zeros((4, 8, 8, 3), np.uint8)
+    drift, ratio = {"ddim": [0.1, 0.2], "euler": [0.1, 0.3]}, {"ddim": 40.0, "euler": 41.0}
+    distance = rounding.Distance([0.1] * 10, drift, ratio, {"ddim": pictures, "euler": pictures}, 12_340_000)
     alone = [rounding.Alone("mlp/fc1", block, 0.1 / block, 0.1) for block in range(1, 100)]
     whole = [rounding.Alone("bf16", None, 0.1, 0.1)]
-    rounding_page.write(tmp_path / "page.html", "a < b", {"w8": distance, "bf16": distance}, {"w8": (alone, whole)})
+    found = {"w8": distance, "bf16": distance}
+    rounding_page.write(tmp_path / "page.html", "a < b", pictures, found, {"w8": (alone, whole)})
     page = (tmp_path / "page.html").read_text()
-    assert "a &lt; b" in page and page.count("<img") == 2 and "mlp/fc1 99" in page
+    assert "a &lt; b" in page and page.count("<img") == 2 + 3 and "mlp/fc1 99" in page and "12.34" in page
 
 
 def test_what_cannot_be_asked(tmp_path):

@@ -257,7 +257,7 @@ def report(options: argparse.Namespace) -> int:
         alone[name] = rounding.sensitivity(subject, rounded, {"bf16": bf16}, x_0, options.seed)
         print(f"\n{name}\n{rounding.ranking(*alone[name])}")
     if options.page:
-        rounding_page.write(options.page, title, found, alone)
+        rounding_page.write(options.page, title, subject.pictures(x_0), found, alone)
     return 0
 
 

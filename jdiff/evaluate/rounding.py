@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jdiff import tree, weights
+from jdiff import quant, tree, weights
 from jdiff.evaluate.calibration import BINS, at_levels, noised, output
 from jdiff.evaluate.reconstruction import psnr
 from jdiff.evaluate.subject import Subject
@@ -22,13 +22,15 @@ from jdiff.qtensor import Either, QTensor
 @dataclass(frozen=True)
 class Distance:
     """error: relative squared error of the model's output, ||y - y_0||^2 / ||y_0||^2, in each of `BINS` bins of the noise level,
-    from little noise to much. drift: by sampler, ||x - x_0|| / ||x_0|| of all pictures from the same noise, after each step.
-    psnr: by sampler, of these pictures (uint8) in the end, in dB, their mean.
+    from little noise to much. By sampler: drift, ||x - x_0|| / ||x_0|| of all pictures from the same noise, after each step;
+    pictures, what comes of it, uint8 (B, H, W, 3); psnr, of these in dB, their mean. size: bytes of the parameters.
     """
 
     error: list[float]
     drift: dict[str, list[float]]
     psnr: dict[str, float]
+    pictures: dict[str, np.ndarray]
+    size: int
 
 
 def compare(
@@ -53,13 +55,14 @@ def compare(
     def distance(other: Subject, seed: int) -> Distance:
         made = _outputs(other, x_0, seed, draws)
         error = [float(np.square(y - y_0).sum() / np.square(y_0).sum()) for y, y_0 in zip(made, exact, strict=True)]
-        drifts, ratios = {}, {}
+        drifts, ratios, sheets = {}, {}, {}
         for sampler, (_, way) in ways.items():
             x, its = other.samples(seed=seed, sampler=sampler, **settings)
             far = lambda x, x_0: float(np.linalg.norm(x - x_0) / np.linalg.norm(x_0))  # noqa: E731
             drifts[sampler] = [far(x, x_0) for x, x_0 in zip(its, way, strict=True)]
-            ratios[sampler] = _psnr(other.pictures(x), pictures[sampler])
-        return Distance(error, drifts, ratios)
+            sheets[sampler] = other.pictures(x)
+            ratios[sampler] = _psnr(sheets[sampler], pictures[sampler])
+        return Distance(error, drifts, ratios, sheets, quant.size(other.params))
 
     return {name: distance(other, seed) for name, other in others.items()} | {
         "another seed": distance(subject, seed + 1)
@@ -130,7 +133,7 @@ def sensitivity(
 
 
 def tables(found: Mapping[str, Distance]) -> str:
-    """The distances as text, a column each: by noise level, and by sampler after each step (of many, ten) and in the end."""
+    """The distances as text, a column each: by noise level, by sampler after each step (of many, ten) and in the end, and bytes."""
     width = max(12, *(len(name) + 2 for name in found))
     row = lambda title, cells: f"{title:11}" + "".join(f"{cell:>{width}}" for cell in cells)  # noqa: E731
     rows = [row("noise level", found)]
@@ -142,6 +145,7 @@ def tables(found: Mapping[str, Distance]) -> str:
             cells = (f"{one.drift[sampler][step - 1]:.2e}" for one in found.values())
             rows.append(row(f"step {step}", cells))
         rows.append(row("PSNR, dB", (f"{one.psnr[sampler]:.1f}" for one in found.values())))
+    rows += ["", row("weights, MB", (f"{one.size / 1e6:.2f}" for one in found.values()))]
     return "\n".join(rows)
 
 

@@ -1,23 +1,42 @@
-"""`rounding`'s figures as a page: curves by noise level and by step, and which kernels err most."""
+"""`rounding`'s figures as a page: curves by noise level and by step, pictures side by side, and which kernels err most."""
 
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from jdiff import report
 from jdiff.evaluate.calibration import BINS
 from jdiff.evaluate.rounding import Alone, Distance
+from jdiff.pipelines import grid
 
 MOST_BARS = 40
+MOST_PICTURES = 8
 Sensitivity = tuple[Sequence[Alone], Sequence[Alone]]
 
 
-def write(path: Path, title: str, found: Mapping[str, Distance], sensitivities: Mapping[str, Sensitivity]) -> None:
-    """Writes one page. title: says of what. found: as `compare` gives it; sensitivities: by recipe, as `sensitivity` gives them."""
+def write(
+    path: Path,
+    title: str,
+    originals_BHWC: np.ndarray,
+    found: Mapping[str, Distance],
+    sensitivities: Mapping[str, Sensitivity],
+) -> None:
+    """Writes one page. title: says of what. originals_BHWC: uint8, of the first sampler; found: as `compare` gives it;
+    sensitivities: by recipe, as `sensitivity` gives them."""
     body = _curves(found)
     samplers = next(iter(found.values())).psnr
-    rows = [(name, *(f"{one.psnr[sampler]:.1f}" for sampler in samplers)) for name, one in found.items()]
-    body += report.table(("PSNR, dB, from the same noise", *samplers), rows)
+    cells = lambda one: (*(f"{one.psnr[sampler]:.1f}" for sampler in samplers), f"{one.size / 1e6:.2f}")  # noqa: E731
+    rows = [(name, *cells(one)) for name, one in found.items()]
+    body += report.table(("PSNR, dB, from the same noise", *samplers, "weights, MB"), rows)
+    sheets = {
+        "the original": originals_BHWC,
+        **{name: one.pictures[next(iter(samplers))] for name, one in found.items()},
+    }
+    for name, pictures_BHWC in sheets.items():
+        shown = pictures_BHWC[:MOST_PICTURES]
+        body += f"<p>{html.escape(name)}</p>" + report.picture(grid(shown, columns=len(shown)), name)
     for recipe, (alone, whole) in sensitivities.items():
         body += f"<h2>{html.escape(recipe)}: each kernel rounded alone</h2>" + _bars(alone, whole)
         rows = [(one, f"{one.error:.3e}", f"{one.again:.3e}") for one in (*alone, *whole)]
@@ -40,7 +59,7 @@ def _curves(found: Mapping[str, Distance]) -> str:
         axes.grid(alpha=0.3)
         if i == 0:
             axes.legend(fontsize=7)
-    return report.picture(figure, "error by noise level, drift by step")
+    return report.drawing(figure, "error by noise level, drift by step")
 
 
 def _bars(alone: Sequence[Alone], whole: Sequence[Alone]) -> str:
@@ -57,4 +76,4 @@ def _bars(alone: Sequence[Alone], whole: Sequence[Alone]) -> str:
     axes.set_xlabel("relative squared error of the output")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, axis="x")
-    return report.picture(figure, "error by kernel")
+    return report.drawing(figure, "error by kernel")
