@@ -114,7 +114,7 @@ def leaf_spec(
     ValueError, naming the nearest tensor sizes that do, where the tensor axis does not divide it.
     """
     how, shape = tree.match(rules, path), leaf.shape
-    axes: list[str | None] = [None] * len(shape)
+    axes: list[str | tuple[str, str] | None] = [None] * len(shape)
     split = tensor_axis(path, shape, how)
     if split is not None and tensor > 1:
         if shape[split] % tensor:
@@ -123,15 +123,23 @@ def leaf_spec(
                 f"the nearest that do are {' and '.join(map(str, nearest_divisors(shape[split], tensor)))}"
             )
         axes[split] = "tensor"
-    for name, size in (("fsdp", fsdp), ("data", data if re.fullmatch(UNREAD, path) else 1)):
-        if how == "replicate" or size == 1 or math.prod(shape) < SMALL:
-            continue
-        # ties go to the last axis, which is the one that products keep contiguous
-        for axis in sorted(range(len(shape)), key=lambda i: (shape[i], i), reverse=True):
-            if axes[axis] is None and shape[axis] % size == 0:
-                axes[axis] = name
-                break
+    if how != "replicate" and math.prod(shape) >= SMALL:
+        along = _largest(shape, axes, fsdp)
+        if along is not None:
+            axes[along] = "fsdp"
+        if data > 1 and re.fullmatch(UNREAD, path):
+            if along is not None and shape[along] % (fsdp * data) == 0:
+                axes[along] = ("fsdp", "data")
+            elif (other := _largest(shape, axes, data)) is not None:
+                axes[other] = "data"
     return PartitionSpec(*axes) if any(axes) else PartitionSpec()
+
+
+def _largest(shape: tuple[int, ...], axes: list[Any], size: int) -> int | None:
+    """The largest axis that is not split yet and that `size`, above 1, divides; of equal ones the last, which products keep
+    contiguous."""
+    fit = [i for i, n in enumerate(shape) if axes[i] is None and size > 1 and n % size == 0]
+    return max(fit, key=lambda i: (shape[i], i), default=None)
 
 
 def tensor_axis(path: str, shape: tuple[int, ...], how: str) -> int | None:

@@ -200,9 +200,15 @@ class Setup:
     @cached_property
     def step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
         """The jitted `train_step` of this config; the state that goes in is donated."""
+
+        def gradient(*args: Any) -> Any:
+            # laid as the parameters, not yet as the moments: XLA:TPU would sum over the whole mesh what it else scatters over fsdp
+            grads, losses = self.task.gradient(*args)
+            return jax.lax.with_sharding_constraint(grads, self.placed.params), losses
+
         step = partial(
             train_step,
-            gradient=self.task.gradient,
+            gradient=gradient,
             tx=self.tx,
             ema=Ema(self.config.ema.decay, self.config.ema.warmup),
             seed=self.config.seed,
@@ -340,8 +346,9 @@ class Run:
             self.book.write(step, record, self.meter.read(waited))
 
     def average(self) -> Any:
-        """The full tree with the averaged parameters."""
-        return tree.merge(self.state.ema_params, self.state.frozen, self.state.base)
+        """The full tree with the averaged parameters, where the parameters themselves lie: sampling reads them at every step."""
+        average = jax.device_put(self.state.ema_params, self.setup.placed.params)
+        return tree.merge(average, self.state.frozen, self.state.base)
 
     def save(self, step: int, measures: Mapping[str, float]) -> None:
         """Starts a checkpoint."""

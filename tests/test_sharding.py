@@ -1,6 +1,7 @@
 """Meshes and placements on eight virtual devices."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jdiff import models, optim, sharding, tree
+from jdiff import models, optim, sharding, train, tree
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,27 @@ def test_optimizer_state_follows_its_parameter():
                 assert placed.spec == spec, path
                 moments += 1
     assert moments == 2 * len(where)
+
+
+def test_what_no_pass_reads_is_split_over_data_too():
+    """Moments and averages: of devices that hold the same parameters each has, and updates, a part of its own."""
+    params = {
+        "blocks": {"kernel": _leaf(4, 128, 256), "odd": _leaf(5, 66, 260), "bias": _leaf(4, 128)},
+        "pos_embed": _leaf(1, 256, 128),
+    }
+    tx = optim.make_optimizer(optim.make_schedule("cosine", 1e-3, 10, 100), 0.1)
+    state = jax.eval_shape(partial(train.make_state, tx=tx, frozen="pos_embed"), params)
+    where = {path: s.spec for path, s in tree.flatten(sharding.shardings(sharding.make_mesh(2, 4), state)).items()}
+    assert where["params/blocks/kernel"] == P(None, None, "fsdp") and where["params/blocks/odd"] == P(
+        None, None, "fsdp"
+    )
+    unread = {path: spec for path, spec in where.items() if path.startswith(("opt_state", "ema_params"))}
+    assert {spec for path, spec in unread.items() if path.endswith("kernel")} == {P(None, None, ("fsdp", "data"))}
+    assert {spec for path, spec in unread.items() if path.endswith("odd")} == {P(None, "data", "fsdp")}
+    assert {spec for path, spec in unread.items() if path.endswith("bias")} == {P()}
+    assert sum(path.endswith("kernel") for path in unread) == 3  # two moments and the average
+    assert all("data" not in spec for path, spec in where.items() if path not in unread)
+    assert sharding.leaf_spec("ema_params/blocks/kernel", _leaf(4, 128, 256), 1, data=2) == P(None, None, "data")
 
 
 def test_put_batch_lays_rows_over_all_devices():

@@ -36,22 +36,31 @@ def saved_bytes(setup: train.Setup, batch: dict[str, Any]) -> int:
 def ideal(setup: train.Setup) -> dict[tuple[str, int], int]:
     """(kind, devices that take part) -> bytes of whole arrays that a step must move, by where the state lies: split leaves are
     gathered for the forward pass and for the backward one, in the precision of the computation, and their gradients scattered
-    once, in the same; other gradients are summed over all devices. With accumulation each micro-batch does so."""
+    once, in the same; other gradients are summed over all devices. With accumulation each micro-batch does so. Where the average is
+    split over data too, gradients are scattered along it, and what comes of them is gathered, in the parameters' precision."""
     state, config, mesh = setup.abstract, setup.config, setup.mesh
     width = {"fp32": 4, "bf16": 2}[config.precision]
     found: dict[tuple[str, int], int] = defaultdict(int)
     if mesh.size == 1:
         return {}
-    for leaf in jax.tree.leaves(state.params):
+    along, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    for leaf, average in zip(*map(jax.tree.leaves, (state.params, state.ema_params)), strict=True):
         size = math.prod(leaf.shape)
-        if leaf.sharding.is_fully_replicated:
+        apart = leaf.sharding.spec != average.sharding.spec
+        if leaf.sharding.is_fully_replicated and not apart:
             found["all-reduce", mesh.size] += size * width
             continue
-        fsdp = mesh.shape["fsdp"]
-        found["all-gather", fsdp] += 2 * size * width * config.accumulate
-        found["reduce-scatter", fsdp] += size * width * config.accumulate
-        if mesh.shape["data"] > 1:
-            found["all-reduce", mesh.shape["data"]] += size * width // fsdp
+        if not leaf.sharding.is_fully_replicated:
+            found["all-gather", fsdp] += 2 * size * width * config.accumulate
+            found["reduce-scatter", fsdp] += size * width * config.accumulate
+            size //= fsdp
+        elif fsdp > 1:
+            found["all-reduce", fsdp] += size * width // along
+        if apart:
+            found["reduce-scatter", along] += size * width
+            found["all-gather", along] += size * np.dtype(leaf.dtype).itemsize
+        elif along > 1:
+            found["all-reduce", along] += size * width
     for leaf in jax.tree.leaves((state.frozen, state.base)):
         if not leaf.sharding.is_fully_replicated:
             found["all-gather", mesh.shape["fsdp"]] += math.prod(leaf.shape) * width * config.accumulate
