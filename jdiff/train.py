@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jdiff import checkpoint, data, optim, sharding, target, tree
 from jdiff import config as configs
@@ -147,6 +148,27 @@ def train_step(
     return new, metrics
 
 
+StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def jitted_step(mesh: Mesh, placed: TrainState, gradient: GradientFn, **settings: Any) -> StepFn:
+    """`train_step` for a state that lies on the mesh as `placed` says, shardings in the state's form; the state that goes in is
+    donated. settings: the step's own."""
+
+    def laid(*args: Any) -> Any:
+        # as the parameters, not yet as the moments: XLA:TPU would sum over the whole mesh what it else scatters over fsdp
+        grads, losses = gradient(*args)
+        return jax.lax.with_sharding_constraint(grads, placed.params), losses
+
+    return jax.jit(
+        sharding.in_use(mesh, partial(train_step, gradient=laid, **settings)),
+        in_shardings=(placed, sharding.batch_sharding(mesh)),
+        out_shardings=(placed, sharding.replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=target.compiler_options(),
+    )
+
+
 class Setup:
     """What a config makes on this machine, or on `devices` that it is compiled for, all of it checked, nothing of it compiled yet.
 
@@ -198,29 +220,17 @@ class Setup:
         return self.fresh_state().base if jax.tree.leaves(self.shapes.base) else self.shapes.base
 
     @cached_property
-    def step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-        """The jitted `train_step` of this config; the state that goes in is donated."""
-
-        def gradient(*args: Any) -> Any:
-            # laid as the parameters, not yet as the moments: XLA:TPU would sum over the whole mesh what it else scatters over fsdp
-            grads, losses = self.task.gradient(*args)
-            return jax.lax.with_sharding_constraint(grads, self.placed.params), losses
-
-        step = partial(
-            train_step,
-            gradient=gradient,
+    def step(self) -> StepFn:
+        """`jitted_step` of this config."""
+        return jitted_step(
+            self.mesh,
+            self.placed,
+            self.task.gradient,
             tx=self.tx,
             ema=Ema(self.config.ema.decay, self.config.ema.warmup),
             seed=self.config.seed,
             accumulate=self.config.accumulate,
             clip_norm=self.config.optim.clip_norm,
-        )
-        return jax.jit(
-            sharding.in_use(self.mesh, step),
-            in_shardings=(self.placed, sharding.batch_sharding(self.mesh)),
-            out_shardings=(self.placed, sharding.replicated(self.mesh)),
-            donate_argnums=0,
-            compiler_options=target.compiler_options(),
         )
 
     def batches(self, start_step: int, workdir: Path) -> Any:

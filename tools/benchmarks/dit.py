@@ -12,7 +12,7 @@ import numpy as np
 import jdiff
 from benchmarks.devices import over_devices
 from benchmarks.timing import Row, alone, alternate, close
-from jdiff import convert, diffusion, optim, train, tree
+from jdiff import convert, diffusion, optim, sharding, train, tree
 from jdiff.diffusion.process import Process
 from jdiff.tasks import mean_gradient
 from jdiff.tasks.class_to_image import class_loss
@@ -144,15 +144,12 @@ def _dit_train(args: argparse.Namespace, model: Any, params: Any, data: tuple[np
     schedule = diffusion.make_schedule("linear")
     tx = optim.make_optimizer(optim.make_schedule("constant", lr, 0, 1))
     gradient = mean_gradient(class_loss(model, Process(schedule, variance="learned_range")))
-
-    def one_step(state, batch):
-        return train.train_step(state, batch, gradient=gradient, tx=tx, ema=ema, seed=0)
-
-    step = jax.jit(one_step, donate_argnums=0)
-    replicated, (latent, label) = over_devices(params, data[0], data[3])
-    batch = {"latent": latent, "label": label}
-    own = jax.tree.map(jnp.copy, {"dit": replicated})  # the step takes its state's memory
-    held = [train.make_state(own, tx, f"dit/({model.frozen})")]
+    mesh = sharding.make_mesh()
+    batch = sharding.put_batch(mesh, {"latent": data[0], "label": data[3]})
+    # copies: the step takes its state's memory
+    state = train.make_state({"dit": jax.tree.map(jnp.array, params)}, tx, f"dit/({model.frozen})")
+    placed = sharding.shardings(mesh, state)
+    step, held = train.jitted_step(mesh, placed, gradient, tx=tx, ema=ema, seed=0), [jax.device_put(state, placed)]
 
     def ours():
         held[0], metrics = step(held[0], batch)

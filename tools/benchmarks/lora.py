@@ -101,9 +101,10 @@ def _step(mesh: Any, module: Any, data: Any, full: Any, frozen: str) -> tuple[Ca
     """(a call of a training step as the trainer does it, bytes of its gradients and optimizer). Takes `full`'s arrays."""
     tx = optim.make_optimizer(optim.make_schedule("constant", 1e-4, 0, 1))
     gradient = mean_gradient(functools.partial(_loss, module))
-    run = functools.partial(train.train_step, gradient=gradient, tx=tx, ema=optim.Ema(0.999), seed=0)
-    step, batch = jax.jit(run, donate_argnums=0), sharding.put_batch(mesh, data)
-    state = [jax.device_put(train.make_state(full, tx, frozen), sharding.replicated(mesh))]
+    fresh, batch = train.make_state(full, tx, frozen), sharding.put_batch(mesh, data)
+    placed = sharding.shardings(mesh, fresh)
+    step = train.jitted_step(mesh, placed, gradient, tx=tx, ema=optim.Ema(0.999), seed=0)
+    state = [jax.device_put(fresh, placed)]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((state[0].params, state[0].opt_state)))
 
     def call() -> None:
