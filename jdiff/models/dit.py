@@ -5,12 +5,14 @@ The blocks' parameters are stacked along a leading axis Z, whether the blocks ru
 never depends on how it is run.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jdiff import tree
 from jdiff.attention import attention
@@ -30,13 +32,9 @@ from jdiff.rows import boundary
 
 Remat = Literal["none", "dots", "full"]
 EPS = 1e-6
-_policies = jax.checkpoint_policies
-SAVED = {
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names("attention")
-    ),
-    "full": None,
-}
+SAVED = {"dots": jax.checkpoint_policies.save_only_these_names("attention", "product"), "full": None}
+product = partial(checkpoint_name, name="product")
+"""Marks what `remat="dots"` keeps: products as the next layer reads them, their biases added."""
 
 
 def _linear_patch_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -55,11 +53,13 @@ class Attention(nn.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         B, L, D = x_BLD.shape
         qkv_BL3D = Dense(3 * D, dtype=self.dtype, name="qkv")(x_BLD)
-        q_BLNK, k_BLNK, v_BLNK = (y.reshape(B, L, self.num_heads, -1) for y in jnp.split(qkv_BL3D, 3, axis=-1))
+        heads = (B, L, self.num_heads, D // self.num_heads)
+        q_BLNK, k_BLNK, v_BLNK = (product(y.reshape(heads)) for y in jnp.split(qkv_BL3D, 3, axis=-1))
         if self.qk_norm:
             q_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="q_norm")(q_BLNK)
             k_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="k_norm")(k_BLNK)
-        return Dense(D, dtype=self.dtype, name="proj")(attention(q_BLNK, k_BLNK, v_BLNK).reshape(B, L, D))
+        out_BLD = attention(q_BLNK, k_BLNK, v_BLNK).reshape(B, L, D)
+        return product(Dense(D, dtype=self.dtype, name="proj")(out_BLD))
 
 
 class Mlp(nn.Module):
@@ -70,8 +70,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        h_BLF = Dense(self.hidden, dtype=self.dtype, name="fc1")(x_BLD)
-        return Dense(x_BLD.shape[-1], dtype=self.dtype, name="fc2")(gelu_tanh(h_BLF))
+        h_BLF = product(Dense(self.hidden, dtype=self.dtype, name="fc1")(x_BLD))
+        return product(Dense(x_BLD.shape[-1], dtype=self.dtype, name="fc2")(gelu_tanh(h_BLF)))
 
 
 def modulate(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
