@@ -130,8 +130,10 @@ def leaf_spec(
         if data > 1 and re.fullmatch(UNREAD, path):
             if along is not None and shape[along] % (fsdp * data) == 0:
                 axes[along] = ("fsdp", "data")
-            elif (other := _largest(shape, axes, data)) is not None:
-                axes[other] = "data"
+            else:  # along the first that divides: what comes back to the others then lies side by side
+                first = next((i for i, n in enumerate(shape) if axes[i] is None and n % data == 0), None)
+                if first is not None:
+                    axes[first] = "data"
     return PartitionSpec(*axes) if any(axes) else PartitionSpec()
 
 

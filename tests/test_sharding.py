@@ -146,7 +146,7 @@ def test_what_no_pass_reads_is_split_over_data_too():
     assert {spec for path, spec in unread.items() if path.endswith("bias")} == {P()}
     assert sum(path.endswith("kernel") for path in unread) == 3  # two moments and the average
     assert all("data" not in spec for path, spec in where.items() if path not in unread)
-    assert sharding.leaf_spec("ema_params/blocks/kernel", _leaf(4, 128, 256), 1, data=2) == P(None, None, "data")
+    assert sharding.leaf_spec("ema_params/blocks/kernel", _leaf(4, 128, 256), 1, data=2) == P("data", None, None)
 
 
 def test_put_batch_lays_rows_over_all_devices():
