@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jdiff import checkpoint, data, optim, sharding, target, tree
 from jdiff import config as configs
@@ -155,10 +155,13 @@ def jitted_step(mesh: Mesh, placed: TrainState, gradient: GradientFn, **settings
     """`train_step` for a state that lies on the mesh as `placed` says, shardings in the state's form; the state that goes in is
     donated. settings: the step's own."""
 
+    def lay(grad: jax.Array, where: NamedSharding) -> jax.Array:
+        """As a parameter that is split, not yet as its moments: XLA:TPU would sum everywhere what it else scatters over fsdp."""
+        return grad if where.is_fully_replicated else jax.lax.with_sharding_constraint(grad, where)
+
     def laid(*args: Any) -> Any:
-        # as the parameters, not yet as the moments: XLA:TPU would sum over the whole mesh what it else scatters over fsdp
         grads, losses = gradient(*args)
-        return jax.lax.with_sharding_constraint(grads, placed.params), losses
+        return jax.tree.map(lay, grads, placed.params), losses
 
     return jax.jit(
         sharding.in_use(mesh, partial(train_step, gradient=laid, **settings)),
