@@ -236,6 +236,13 @@ class Setup:
             clip_norm=self.config.optim.clip_norm,
         )
 
+    @cached_property
+    def gather(self) -> Callable[[Any], Any]:
+        """Lays an average as the parameters. One program: XLA:CPU's gathers of many at once can wait for one another for ever."""
+        if self.placed.ema_params == self.placed.params:
+            return lambda average: average
+        return jax.jit(lambda average: average, out_shardings=self.placed.params)
+
     def batches(self, start_step: int, workdir: Path) -> Any:
         """This process's rows of every global batch from `start_step` on."""
         return data.batches(
@@ -360,8 +367,7 @@ class Run:
 
     def average(self) -> Any:
         """The full tree with the averaged parameters, where the parameters themselves lie: sampling reads them at every step."""
-        average = jax.device_put(self.state.ema_params, self.setup.placed.params)
-        return tree.merge(average, self.state.frozen, self.state.base)
+        return tree.merge(self.setup.gather(self.state.ema_params), self.state.frozen, self.state.base)
 
     def save(self, step: int, measures: Mapping[str, float]) -> None:
         """Starts a checkpoint."""
