@@ -131,3 +131,20 @@ def test_digest_ignores_order_and_sees_values():
 
 def test_nearest():
     assert "'optim.lr'" in tree.nearest("optm.lr", ["optim.lr", "seed"]) and tree.nearest("zzz", ["seed"]) == ""
+
+
+SPLIT = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jdiff import sharding, tree
+where = NamedSharding(sharding.make_mesh(8), PartitionSpec(None, "data"))
+split = {str(i): jax.device_put(jnp.ones((64 + 8 * (i % 5), 256)), where) for i in range(200)}
+for _ in range(10):
+    assert tree.not_finite(split) == []
+"""
+
+
+def test_many_split_arrays_are_checked_one_after_another(commands):
+    """All at once XLA:CPU's sums over eight devices wait for one another, until it aborts."""
+    done = commands.run("-c", SPLIT, devices=8, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
