@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jdiff import target
+from jdiff.product import product
 
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -37,7 +38,7 @@ def convolve(
     if target.platform() != "cpu":
         return _xla(x_BHWC, kernel, strides, pairs)
     if kernel.shape[:2] == strides == (1, 1) and pairs == ((0, 0), (0, 0)):
-        return jnp.dot(x_BHWC, kernel[0, 0])
+        return product(x_BHWC, kernel[0, 0])
     return _convolve(x_BHWC, kernel, strides, pairs)
 
 
@@ -83,13 +84,13 @@ def _input_gradient(
     C, D = kernel.shape[2:]
     B, h, w, _ = g_BhwD.shape
     wide = jnp.promote_types(g_BhwD.dtype, jnp.float32)
-    product: Callable[..., jax.Array] = partial(lax.dot_general, preferred_element_type=wide)
+    dot: Callable[..., jax.Array] = partial(lax.dot_general, preferred_element_type=wide)
     if _pixels(g_BhwD.shape) <= VERY_FEW_PIXELS:
         # (T * C, D) times (D, P): the kernel, all of the memory there is, streams by
-        parts_TCP = product(kernel.reshape(-1, D), g_BhwD.reshape(-1, D), (((1,), (1,)), ((), ())))
+        parts_TCP = dot(kernel.reshape(-1, D), g_BhwD.reshape(-1, D), (((1,), (1,)), ((), ())))
         parts = jnp.moveaxis(parts_TCP.reshape(-1, C, B, h, w), 1, -1)
     else:
-        parts = (product(g_BhwD, kernel[tap], (((3,), (1,)), ((), ()))) for tap in _taps(kernel.shape))
+        parts = (dot(g_BhwD, kernel[tap], (((3,), (1,)), ((), ()))) for tap in _taps(kernel.shape))
     moved = (
         _put(part, tap, x_BHWC.shape, strides, pairs) for part, tap in zip(parts, _taps(kernel.shape), strict=True)
     )
@@ -102,7 +103,7 @@ def _kernel_gradient(
     """Products of the pixels that a tap read with the output's gradient: all taps in one product, or one after the other."""
     C, D = kernel.shape[2:]
     wide = jnp.promote_types(g_BhwD.dtype, jnp.float32)
-    product: Callable[..., jax.Array] = partial(
+    dot: Callable[..., jax.Array] = partial(
         lax.dot_general, dimension_numbers=(((0,), (0,)), ((), ())), preferred_element_type=wide
     )
     g_PD = g_BhwD.reshape(-1, D)
@@ -110,13 +111,13 @@ def _kernel_gradient(
     if D <= FEW_CHANNELS and C >= 4 * FEW_CHANNELS:
         # each tap's gradient at the pixels that it read
         moved = [_put(g_BhwD, tap, x_BHWC.shape, strides, pairs) for tap in _taps(kernel.shape)]
-        gradient_CTD = product(x_BHWC.reshape(-1, C), jnp.concatenate(moved, -1).reshape(-1, len(moved) * D))
+        gradient_CTD = dot(x_BHWC.reshape(-1, C), jnp.concatenate(moved, -1).reshape(-1, len(moved) * D))
         gradient = jnp.moveaxis(gradient_CTD.reshape(C, -1, D), 0, 1)
     elif _wide(kernel) and pixels <= FEW_PIXELS:
-        gradient = product(_rows(x_BHWC, kernel.shape, g_BhwD.shape, strides, pairs), g_PD)
+        gradient = dot(_rows(x_BHWC, kernel.shape, g_BhwD.shape, strides, pairs), g_PD)
     elif _wide(kernel) or (C * D >= NARROW and pixels >= MANY_PIXELS):
         reads = _reads(x_BHWC, kernel.shape, g_BhwD.shape, strides, pairs)
-        gradient = jnp.stack([product(read.reshape(-1, C), g_PD) for read in reads])
+        gradient = jnp.stack([dot(read.reshape(-1, C), g_PD) for read in reads])
     else:
         (gradient,) = jax.vjp(lambda kernel: _xla(x_BHWC, kernel, strides, pairs), kernel)[1](g_BhwD)
     return gradient.reshape(kernel.shape).astype(kernel.dtype)

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from jdiff.convolution import convolve, has_integers
+from jdiff.product import product
 
 Window: TypeAlias = tuple[tuple[int, ...], Any] | None
 """Strides and padding of a convolution; None for a matrix product."""
@@ -259,7 +260,7 @@ def weight_only(window: Window, x: jax.Array, w: QTensor) -> jax.Array:
 
 
 def _float(window: Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.dot(x, kernel) if window is None else convolve(x, kernel, *window)
+    return product(x, kernel) if window is None else convolve(x, kernel, *window)
 
 
 def _pointwise(window: Window, w: QTensor) -> bool:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jdiff import qtensor, tree
 from jdiff.convolution import convolve
+from jdiff.product import product
 from jdiff.qtensor import OfKernel, QTensor
 
 
@@ -87,7 +88,7 @@ def dot(x: jax.Array, w: Weight) -> jax.Array:
         return _adapted(dot, x, w)
     if isinstance(w, qtensor.Kernel):
         return qtensor.dot(x, w)
-    return jnp.dot(x, w.astype(x.dtype))
+    return product(x, w.astype(x.dtype))
 
 
 def conv(x_BHWC: jax.Array, w: Weight, strides: Sequence[int] = (1, 1), padding: Any = "SAME") -> jax.Array:

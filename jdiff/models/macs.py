@@ -25,18 +25,21 @@ def macs_of(function: Callable[..., Any], *inputs: Any) -> int:
 def _count(jaxpr: Any) -> int:
     total = 0
     for equation in jaxpr.eqns:
-        out = equation.outvars[0].aval
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
-            total += math.prod(out.shape) * math.prod(shape[axis] for axis in contracted)
+            total += _outputs(equation) * math.prod(shape[axis] for axis in contracted)
         elif equation.primitive.name == "conv_general_dilated":
             kernel, dims = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
-            total += math.prod(out.shape) * int(np.prod(kernel)) // kernel[dims[0]]
+            total += _outputs(equation) * int(np.prod(kernel)) // kernel[dims[0]]
         else:
             repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
             total += repeats * sum(_count(inner) for inner in _inner(equation.params))
     return total
+
+
+def _outputs(equation: Any) -> int:
+    return math.prod(equation.outvars[0].aval.shape)
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:

@@ -1,0 +1,30 @@
+"""A matrix product whose gradients XLA:CPU makes with the smallest copies. Legend: I in, O out."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jdiff import target
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x (..., I) @ kernel (I, O)` of one dtype. Forward-mode derivatives only off the CPU.
+
+    For the kernel's gradient XLA:CPU transposes the operand that comes first, which autodiff makes the output's cotangent. Here it
+    is the narrower of the two: 3 % of a training step of DiT-S/2 on a device a core, 16 % on one device (docs/performance.md).
+    """
+    return _product(x, kernel) if target.platform() == "cpu" else jnp.dot(x, kernel)
+
+
+_product = jax.custom_vjp(jnp.dot)
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    over = ((rows, rows), ((), ()))
+    gradient = lax.dot_general(x, g, over) if x.shape[-1] <= g.shape[-1] else lax.dot_general(g, x, over).T
+    return lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ()))), gradient
+
+
+_product.defvjp(lambda x, kernel: (jnp.dot(x, kernel), (x, kernel)), _backward)
