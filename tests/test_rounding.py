@@ -104,7 +104,9 @@ def test_distances(subject, other):
     others = {"itself": subject, "w8": subject.changed(_quantized(subject, "w8"))}
     if other == "ddpm":
         others["w4"] = subject.changed(_quantized(subject, "w4"))
-    found = rounding.compare(subject, others, [other, "ddim"], **STEPS)
+    found, x_0, pictures = rounding.compare(subject, others, [other, "ddim"], **STEPS)
+    np.testing.assert_array_equal(x_0, subject.samples(seed=0, sampler=other, **STEPS)[0])
+    np.testing.assert_array_equal(pictures, found["itself"].pictures[other])
     itself, seed = found["itself"], found["another seed"]
     assert set(itself.error) == {0.0} and all(set(steps) == {0.0} for steps in itself.drift.values())
     assert min(itself.psnr.values()) > 90

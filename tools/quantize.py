@@ -245,10 +245,10 @@ def report(options: argparse.Namespace) -> int:
         others[path] = comparable(subject, path, opened, options)
     bf16 = asked(open_pipeline(options, "bf16"), opened, options, options.num)
     how = settings(opened, options)
-    found = rounding.compare(subject, {**others, "bf16": bf16}, samplers(subject, opened), seed=options.seed, **how)
+    known, ways = {**others, "bf16": bf16}, samplers(subject, opened)
+    found, x_0, pictures = rounding.compare(subject, known, ways, seed=options.seed, **how)
     title = f"{options.src}: {options.num} pictures, {options.steps} steps, guidance {how['guidance_scale']:g}, seed {options.seed}"
     print(f"{title}\n{rounding.tables(found)}")
-    x_0, _ = subject.samples(seed=options.seed, **how)
     alone = {}
     for name in dict.fromkeys(options.recipe):
         rounded = others[name].params
@@ -257,7 +257,7 @@ def report(options: argparse.Namespace) -> int:
         alone[name] = rounding.sensitivity(subject, rounded, {"bf16": bf16}, x_0, options.seed)
         print(f"\n{name}\n{rounding.ranking(*alone[name])}")
     if options.page:
-        rounding_page.write(options.page, title, subject.pictures(x_0), found, alone)
+        rounding_page.write(options.page, title, pictures, found, alone)
     return 0
 
 

@@ -41,10 +41,11 @@ def compare(
     seed: int = 0,
     draws: int = 2,
     **settings: Any,
-) -> dict[str, Distance]:
-    """Each of `others` against `subject`, and "another seed": other noise, so that nothing but what is asked for is the same.
+) -> tuple[dict[str, Distance], np.ndarray, np.ndarray]:
+    """(each of `others` against `subject`, and "another seed": other noise, so that nothing but what is asked for is the same;
+    what the subject makes by the first sampler, as the model has it; the same as pictures).
 
-    samplers: the first makes the pictures that are noised again. draws: noise levels and noises a picture and bin. settings: of
+    samplers: the first's is what is noised again. draws: noise levels and noises a picture and bin. settings: of
     `Subject.samples`.
     """
     ways = {sampler: subject.samples(seed=seed, sampler=sampler, **settings) for sampler in samplers}
@@ -64,9 +65,8 @@ def compare(
             ratios[sampler] = _psnr(sheets[sampler], pictures[sampler])
         return Distance(error, drifts, ratios, sheets, quant.size(other.params))
 
-    return {name: distance(other, seed) for name, other in others.items()} | {
-        "another seed": distance(subject, seed + 1)
-    }
+    found = {name: distance(other, seed) for name, other in others.items()}
+    return found | {"another seed": distance(subject, seed + 1)}, x_0, pictures[samplers[0]]
 
 
 def _outputs(subject: Subject, x_0_BhwC: np.ndarray, seed: int, draws: int) -> list[np.ndarray]:
