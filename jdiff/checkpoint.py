@@ -35,6 +35,8 @@ Items = Mapping[str, Any]
 FORMAT = 2
 SPLIT = 2**20
 """Bytes that a replica writes at least when replicas share the writing of an array."""
+PATIENCE = 7 * 24 * 3600
+"""Seconds that a save may take. Orbax reads them off the wall clock: of its 600 a clock that is set right leaves none."""
 
 
 class CheckpointError(ValueError):
@@ -94,7 +96,9 @@ class Checkpoints:
         folder = (workdir / "checkpoints").resolve()
         for unfinished in folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed in a save
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, async_options=ocp.AsyncOptions(timeout_secs=PATIENCE)
+        )
         self.manager = ocp.CheckpointManager(folder, options=options)
 
     def __enter__(self) -> "Checkpoints":

@@ -109,7 +109,7 @@ def nearest_meshes(n: int, sizes: list[int], most: int = 2) -> list[tuple[int, i
 def leaf_spec(
     path: str, leaf: Any, fsdp: int, tensor: int = 1, data: int = 1, rules: tree.Rules[str] = RULES
 ) -> PartitionSpec:
-    """Where one array lies, by its path's rule and its shape.
+    """Where one array lies on a mesh of axes so long, by its path's rule and its shape.
 
     ValueError, naming the nearest tensor sizes that do, where the tensor axis does not divide it.
     """
