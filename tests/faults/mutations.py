@@ -164,13 +164,6 @@ GUARDS = (
         "tests/test_checkpoint.py::test_a_state_that_is_not_finite_is_never_written",
     ),
     Guard(
-        "a clock that jumps ends no save",
-        "jdiff/checkpoint.py",
-        "PATIENCE = 7 * 24 * 3600",
-        "PATIENCE = 600",
-        "tests/faults/test_disk.py::test_a_jumping_clock_changes_nothing",
-    ),
-    Guard(
         "a pickle calls nothing that is not on the list",
         "jdiff/convert/pickles.py",
         "or key not in self.names:",
