@@ -36,7 +36,7 @@ FORMAT = 2
 SPLIT = 2**20
 """Bytes that a replica writes at least when replicas share the writing of an array."""
 PATIENCE = 7 * 24 * 3600
-"""Seconds that a save may take. Orbax reads them off the wall clock: of its 600 a clock that is set right leaves none."""
+"""Seconds that a save may take. Orbax reads them off the wall clock: of its 1200 a clock that is set right leaves none."""
 
 
 class CheckpointError(ValueError):
