@@ -96,9 +96,9 @@ class Checkpoints:
         folder = (workdir / "checkpoints").resolve()
         for unfinished in folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed in a save
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, async_options=ocp.AsyncOptions(timeout_secs=PATIENCE)
-        )
+        # folders made beside the run are waited for by the wall clock too, for 300 seconds that are no option
+        patient = ocp.AsyncOptions(timeout_secs=PATIENCE, create_directories_asynchronously=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, async_options=patient)
         self.manager = ocp.CheckpointManager(folder, options=options)
 
     def __enter__(self) -> "Checkpoints":

@@ -164,6 +164,20 @@ GUARDS = (
         "tests/test_checkpoint.py::test_a_state_that_is_not_finite_is_never_written",
     ),
     Guard(
+        "a clock that jumps ends no save",
+        "jdiff/checkpoint.py",
+        "timeout_secs=PATIENCE",
+        "timeout_secs=1200",
+        "tests/faults/test_disk.py::test_a_jumping_clock_changes_nothing",
+    ),
+    Guard(
+        "a clock that jumps ends no making of folders",
+        "jdiff/checkpoint.py",
+        "create_directories_asynchronously=False",
+        "create_directories_asynchronously=True",
+        "tests/faults/test_disk.py::test_a_jumping_clock_changes_nothing",
+    ),
+    Guard(
         "a pickle calls nothing that is not on the list",
         "jdiff/convert/pickles.py",
         "or key not in self.names:",
