@@ -3,10 +3,12 @@
 pytest -m faults tests/faults/test_soak.py --soak-minutes 60
 """
 
+import contextlib
 import os
 import signal
 import statistics
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,12 +21,29 @@ MOST_GROWTH = 50 * 2**20
 """Bytes of resident memory, from a quarter of the time to the end."""
 
 
+POOL = "ts_pool"
+"""How TensorStore names the threads of its pool, which it starts as work comes and ends when idle for 20 s, within the
+concurrency that Orbax sets (128): their number rises and falls with the saves."""
+
+
+def thread_names(pid):
+    """The name of each thread of a process; one that ends meanwhile is left out."""
+    names = []
+    for name in Path(f"/proc/{pid}/task").glob("*/comm"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            names.append(name.read_text().strip())
+    return names
+
+
 def look(process):
-    """Resident bytes, threads, open files and children of a process."""
+    """Resident bytes, threads, those of TensorStore's pool, open files and children of a process."""
+    names = thread_names(process.pid)
+    pool = sum(name.startswith(POOL) for name in names)
     with process.oneshot():
         return {
             "memory": process.memory_info().rss,
-            "threads": process.num_threads(),
+            "threads": len(names) - pool,
+            "pool": pool,
             "files": process.num_fds(),
             "children": len(process.children()),
         }
@@ -77,6 +96,9 @@ def test_a_soak_leaves_nothing_behind(commands, image_folder, tmp_path, monkeypa
     record_property("fault", [f"soak of {seconds / 60:.0f} minutes, {steps} steps", "nothing grows", what])
     assert grown["memory"] < MOST_GROWTH, what
     assert all(grown[key] <= 0 for key in ("threads", "files", "children")), what
+    pool = [one["pool"] for one in seen]
+    before, after = pool[len(pool) // 4 : len(pool) // 2], pool[-(len(pool) // 4) :]
+    assert min(after) <= max(before), f"the pool never fell to what it had held: {max(before)} -> {min(after)}"
     end = time.monotonic() + 10
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < end:  # multiprocessing's own ends a moment after its parent
