@@ -323,6 +323,14 @@ def tool():
     return module
 
 
+@pytest.mark.parametrize(
+    ("image_size", "devices", "pictures"),
+    [(256, 1, 16), (64, 2, 16), (512, 1, 4), (512, 8, 8), (1024, 1, 1), (256, 3, 15)],
+)
+def test_large_pictures_are_encoded_few_at_a_time(image_size, devices, pictures):
+    assert tool().pictures_at_once(image_size, devices) == pictures
+
+
 def test_a_vae_comes_from_a_run_too(vae, tmp_path, monkeypatch):
     import jdiff
     from jdiff import convert
