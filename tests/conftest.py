@@ -155,6 +155,18 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def scorer(commands, image_folder, tmp_path_factory) -> Path:
+    """The run of a classifier of two steps, for `eval.network`: good enough to say whether two scores are the same."""
+    workdir = tmp_path_factory.mktemp("scorer") / "run"
+    keys = {"data.name": "imagefolder", "data.path": image_folder, "data.split": "all", "data.image_size": 16}
+    keys |= {"model.widths": "8,16", "batch_size": 8, "total_steps": 2, "log.tensorboard": False}
+    flags = [f"--config.{key}={value}" for key, value in keys.items()]
+    made = commands.run("launch.py", "--config", "configs/classifier_openmoji.py", "--workdir", workdir, *flags)
+    assert made.returncode == 0, made.stderr
+    return workdir
+
+
+@pytest.fixture(scope="session")
 def class_config(image_folder):
     """Of a DiT of 64 channels on these pictures, two steps; to be copied where it is changed."""
     config = configs.default()

@@ -320,6 +320,21 @@ def test_accumulation_and_recomputing_go_with_processes(commands, image_folder, 
     assert_same_losses(records(tmp_path / "many"), records(tmp_path / "alone"))
 
 
+@pytest.mark.slow
+def test_two_processes_score_as_one(commands, image_folder, scorer, tmp_path):
+    scoring = {"eval_every": 2, "eval.network": scorer, "eval.num": 20, "eval.resamples": 3}
+    keys = {"total_steps": 4, "checkpoint_every": 2, "sample_every": 4, **scoring, "eval.metrics": "fid,kid"}
+    alone = commands.run("launch.py", *dit(commands, image_folder, tmp_path / "alone", **keys))
+    assert alone.returncode == 0, alone.stderr
+    found = ends(start(commands, 2, *dit(commands, image_folder, tmp_path / "two", **keys), devices=2))
+    assert all(code == 0 for code, _ in found), found
+    lines = [[json.loads(line) for line in (tmp_path / name / "scores.jsonl").open()] for name in ("alone", "two")]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [2, 4]
+    for one, two in zip(*lines, strict=True):
+        for score in ("fid", "kid"):
+            np.testing.assert_allclose(two[score], one[score], rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

@@ -50,26 +50,15 @@ def look(process):
 
 
 @pytest.mark.faults
-def test_a_soak_leaves_nothing_behind(commands, image_folder, tmp_path, monkeypatch, request, record_property):
+def test_a_soak_leaves_nothing_behind(commands, image_folder, scorer, tmp_path, monkeypatch, request, record_property):
     seconds = 60 * request.config.getoption("soak_minutes")
-    temporary, run, classifier = tmp_path / "tmp", tmp_path / "run", tmp_path / "classifier"
+    temporary, run = tmp_path / "tmp", tmp_path / "run"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     folder = ("--config.data.name=imagefolder", f"--config.data.path={image_folder}", "--config.log.tensorboard=false")
-    small = (
-        "--config.data.image_size=16",
-        "--config.model.widths=8,16",
-        "--config.batch_size=8",
-        "--config.total_steps=2",
-    )
-    made = commands.run(
-        *("launch.py", "--config", "configs/classifier_openmoji.py", "--workdir", classifier, *small, *folder),
-        "--config.data.split=all",
-    )
-    assert made.returncode == 0, made.stderr
     # a checkpoint about every ten seconds of 30 steps each: TensorStore loses 0.1 MB in each (docs/reliability.md)
     keys = {"total_steps": 10**8, "checkpoint_every": 300, "sample_every": 100, "eval_every": 200, "log_every": 10}
-    keys |= {"eval.network": classifier, "eval.num": 32, "eval.resamples": 2, "data.workers": 2, "keep": 3}
+    keys |= {"eval.network": scorer, "eval.num": 32, "eval.resamples": 2, "data.workers": 2, "keep": 3}
     flags = [f"--config.{key}={value}" for key, value in keys.items()]
     command = ("launch.py", "--config", "configs/dit_s2.py", "--workdir", run, *TINY, *folder, *flags)
     with (tmp_path / "log").open("w") as log:
