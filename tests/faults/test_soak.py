@@ -21,9 +21,9 @@ MOST_GROWTH = 50 * 2**20
 """Bytes of resident memory, from a quarter of the time to the end."""
 
 
-POOL = "ts_pool"
-"""How TensorStore names the threads of its pool, which it starts as work comes and ends when idle for 20 s, within the
-concurrency that Orbax sets (128): their number rises and falls with the saves."""
+POOL, IDLE = "ts_pool", 20
+"""How TensorStore names the threads of its pool, which it starts as work comes and ends when idle for so many seconds, within
+the concurrency that Orbax sets (128): their number rises and falls with the saves."""
 
 
 def thread_names(pid):
@@ -88,7 +88,8 @@ def test_a_soak_leaves_nothing_behind(commands, image_folder, scorer, tmp_path, 
     assert all(grown[key] <= 0 for key in ("threads", "files", "children")), what
     pool = [one["pool"] for one in seen]
     before, after = pool[len(pool) // 4 : len(pool) // 2], pool[-(len(pool) // 4) :]
-    assert min(after) <= max(before), f"the pool never fell to what it had held: {max(before)} -> {min(after)}"
+    fell = min(after) <= max(before) or seconds / 4 < IDLE  # too short to tell
+    assert fell, f"TensorStore's pool never fell to what it had held: {max(before)} -> {min(after)}"
     end = time.monotonic() + 10
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < end:  # multiprocessing's own ends a moment after its parent
