@@ -26,7 +26,7 @@ def numbers(count, limit=200):
     """The options by which `count` processes on this machine find each other, for each of them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    common = ("--coordinator", f"127.0.0.1:{port}", "--processes", count, "--start-limit", limit, "--lost-after", 5)
+    common = ("--coordinator", f"127.0.0.1:{port}", "--processes", count, "--start-limit", limit)
     return [(*common, "--process", i) for i in range(count)]
 
 
@@ -155,7 +155,7 @@ def test_a_lost_process_is_named_and_the_run_goes_on(commands, image_folder, tmp
     run = dit(commands, image_folder, workdir, total_steps=2000, checkpoint_every=5, sample_every=2000)
     for how in (signal.SIGKILL, signal.SIGSTOP):
         before = max(checkpoint.steps(workdir), default=0)
-        started = start(commands, 2, *run)
+        started = start(commands, 2, *run, "--lost-after", 5)
         wait_until(lambda: max(checkpoint.steps(workdir), default=0) > before, started[0], 200)  # noqa: B023
         os.kill(started[victim].pid, how)
         since = time.monotonic()
