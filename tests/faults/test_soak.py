@@ -56,8 +56,7 @@ def test_a_soak_leaves_nothing_behind(commands, image_folder, scorer, tmp_path, 
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     folder = ("--config.data.name=imagefolder", f"--config.data.path={image_folder}", "--config.log.tensorboard=false")
-    # a checkpoint about every ten seconds of 30 steps each: TensorStore loses 0.1 MB in each (docs/reliability.md)
-    keys = {"total_steps": 10**8, "checkpoint_every": 300, "sample_every": 100, "eval_every": 200, "log_every": 10}
+    keys = {"total_steps": 10**8, "checkpoint_every": 100, "sample_every": 100, "eval_every": 200, "log_every": 10}
     keys |= {"eval.network": scorer, "eval.num": 32, "eval.resamples": 2, "data.workers": 2, "keep": 3}
     flags = [f"--config.{key}={value}" for key, value in keys.items()]
     command = ("launch.py", "--config", "configs/dit_s2.py", "--workdir", run, *TINY, *folder, *flags)
