@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdiff import checkpoint, sharding, tree
@@ -250,6 +251,15 @@ def test_the_newest_are_kept(tmp_path):
         for step in (1, 2, 5, 9):
             checkpoints.save(step, make_items(step), FACTS)
     assert checkpoint.steps(tmp_path) == [5, 9]
+
+
+def test_tensorstores_counters_are_not_read(tmp_path, monkeypatch):
+    """Its lists of them are never given back: a long run would grow with every checkpoint."""
+    read = []
+    monkeypatch.setattr(tensorstore, "experimental_collect_matching_metrics", lambda *a, **k: read.append(a) or [])
+    with checkpoint.Checkpoints(tmp_path, 3) as checkpoints:
+        checkpoints.save(1, make_items(1), FACTS)
+    assert restore_newest(tmp_path) and not read
 
 
 def test_an_unfinished_save_does_not_count_and_is_cleared(copy):
