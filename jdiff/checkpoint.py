@@ -61,7 +61,7 @@ def _orbax() -> Any:
 def _count_nothing() -> None:
     """Orbax reads TensorStore's counters twice an item to log a rate, and has no option not to: the lists that TensorStore makes
     of them for Python are never given back, 60 KB a save (docs/reliability.md)."""
-    counters = importlib.import_module("orbax.checkpoint._src.serialization.tensorstore_utils")
+    counters: Any = importlib.import_module("orbax.checkpoint._src.serialization.tensorstore_utils")
     assert callable(counters.get_tensorstore_raw_bytes)
     counters.get_tensorstore_raw_bytes = lambda *_: 0
 
