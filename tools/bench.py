@@ -1,17 +1,17 @@
 """Speed of jdiff beside its peer, measured so that the ratio can be believed.
 
-    python tools/bench.py dit [--batch 8] [--rounds 9] [--only train] [--memory] [--json FILE]
-    python tools/bench.py sd [--batch 2] [--rounds 5] [--only unet,vae] [--memory]
-    python tools/bench.py lora [--batch 2] [--rounds 5] [--only full,step] [--memory]
-    python tools/bench.py int8 [--batch 8] [--rounds 5] [--only w8a8,w8,tpu] [--memory]
+    python tools/bench.py dit [--batch 8] [--rounds 9] [--only train] [--json FILE]
+    python tools/bench.py sd [--batch 2] [--rounds 5] [--only unet,vae]
+    python tools/bench.py lora [--batch 2] [--rounds 5] [--only full,step]
+    python tools/bench.py int8 [--batch 8] [--rounds 5] [--only w8a8,w8,tpu]
     python tools/bench.py data [--source imagefolder --path FOLDER] [--batch 64] [--step-ms 100]
 
-Each case makes both sides from one set of random weights, asserts that they compute the same, warms both up, and then runs
-them in turn (A B A B ...), so that whatever else the machine does falls on both. One JSON line a case gives medians and
-minima in milliseconds and their ratios jdiff / peer: below 1 jdiff is the quicker. The peer on a CPU is PyTorch in eager
-mode with diffusers' own modules, schedulers and the fused AdamW; of int8 it is jdiff itself in fp32, or bf16 by XLA:TPU's estimate.
-`others` is the share of the machine's processors that went
-to other processes meanwhile: above 0.05 the figures are no measurement, and a line says so.
+Each case makes both sides from one set of random weights, asserts that they compute the same, warms both up, each in a process
+of its own, and then runs them in turn (A B A B ...), so that whatever else the machine does falls on both. One JSON line a case
+gives medians and minima in milliseconds, their ratios jdiff / peer (below 1 jdiff is the quicker), and each side's peak memory.
+The peer on a CPU is PyTorch in eager mode with diffusers' own modules, schedulers and the fused AdamW; of int8 it is jdiff
+itself in fp32, or bf16 by XLA:TPU's estimate. `others` is the share of the machine's processors that went to other processes
+meanwhile: above 0.05 the figures are no measurement, and a line says so.
 
 A case is a file in tools/benchmarks/, registered in `CASES`.
 """
@@ -21,7 +21,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
@@ -30,16 +29,6 @@ from benchmarks import data, dit, int8, lora, sd
 from benchmarks.timing import Row
 
 from jdiff import runtime
-
-
-def _memory(row: Row) -> Row:
-    """Peak resident memory of each side, each in a process that runs it alone. A peer's have loaded both libraries."""
-    only = row["case"].split()[1]
-    for side in (key.removesuffix("_ms") for key in list(row) if key.endswith("_ms") and not key.endswith("_min_ms")):
-        command = [sys.executable, *sys.argv, "--only", only, "--side", side]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        row[f"{side}_rss_mib"] = next(json.loads(x)["rss_mib"] for x in lines if "rss_mib" in x)
-    return row
 
 
 def machine() -> Row:
@@ -95,7 +84,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="rows (default: 2 for sd and lora, else 8)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="append the lines to this file")
-    parser.add_argument("--memory", action="store_true", help="peak memory too, each side in its own process")
     parser.add_argument("--only", default="", help="some of a case's parts, by comma")
     parser.add_argument("--model", default="DiT-S/2")
     parser.add_argument("--tpu-model", default="DiT-XL/2", help="int8: what is compiled for a v5e, where libtpu is")
@@ -105,26 +93,22 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--step-ms", type=float, default=100.0)
-    parser.add_argument("--side", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.batch = args.batch or {"sd": 2, "lora": 2}.get(args.case, 8)
-    # as launch.py and tools/sample.py do on a CPU
-    runtime.prepare(
-        runtime.cpu_devices(args.batch, least=1 if args.case in ("sd", "lora", "int8") else runtime.LEAST_ROWS)
-    )
-    rows = []
-    lines = [machine()] if not args.side else []
-    for line in lines:
-        print(json.dumps(line), flush=True)
+    # as launch.py does on a CPU, and tools/sample.py
+    least = 1 if args.case in ("sd", "int8") else runtime.LEAST_ROWS
+    args.devices = runtime.cpu_devices(args.batch, least=least)
+    runtime.prepare(args.devices)
+    lines, rows = [machine()], []
+    print(json.dumps(lines[0]), flush=True)
     for row in CASES[args.case](args):
-        rows.append(_memory(row) if args.memory and "ratio" in row else row)
-        lines.append(rows[-1])
-        print(json.dumps(rows[-1]), flush=True)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    lines += rows
     if args.json:
         with open(args.json, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-    if not args.side:
-        report(rows)
+    report(rows)
 
 
 if __name__ == "__main__":

@@ -11,25 +11,12 @@ import numpy as np
 
 import jdiff
 from benchmarks.devices import over_devices
-from benchmarks.timing import Row, alone, alternate, close
-from jdiff import convert, diffusion, optim, sharding, train, tree
+from benchmarks.timing import Call, Row, alternate, apart, close
+from benchmarks.weights import random_dit
+from jdiff import convert, diffusion, optim, sharding, train
 from jdiff.diffusion.process import Process
 from jdiff.tasks import mean_gradient
 from jdiff.tasks.class_to_image import class_loss
-
-
-def random_params(model: Any, seed: int = 0) -> Any:
-    """Weights that are nowhere zero, so that no product is trivial and no gradient vanishes."""
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.dummy_inputs())["params"])
-    rng = np.random.default_rng(seed)
-
-    def draw(path: str, leaf: Any) -> jax.Array:
-        if path == "pos_embed":
-            return model.init(jax.random.key(0), *model.dummy_inputs())["params"]["pos_embed"]
-        scale = 0.7 / np.sqrt(np.prod(leaf.shape[-2:-1])) if path.endswith("kernel") else 0.05
-        return jnp.asarray(rng.normal(size=leaf.shape) * scale, jnp.float32)
-
-    return tree.map_with_path(draw, shapes)
 
 
 def torch_dit(model: Any, params: Any) -> Any:
@@ -90,99 +77,124 @@ def torch_loss(schedule: diffusion.Schedule, peer: Any) -> Callable[..., Any]:
 
 
 def dit(args: argparse.Namespace) -> Iterator[Row]:
-    """DiT-S/2 on 32x32x4 latents: forward, a training step, DDIM with guidance."""
-    model = jdiff.create(args.model, dtype=jnp.float32)
-    params = random_params(model)
-    batch = args.batch
-    rng = np.random.default_rng(1)
-    x_0 = rng.uniform(-1, 1, (batch, model.image_size, model.image_size, model.channels)).astype(np.float32)
-    noise = rng.normal(size=x_0.shape).astype(np.float32)
-    t = rng.integers(1, 1000, batch).astype(np.int32)
-    y = rng.integers(0, model.num_classes, batch).astype(np.int32)
-    data = (x_0, t, noise, y)
-    flops = 2 * model.macs() * batch
-    for name, case in {"forward": _dit_forward, "train": _dit_train, "ddim": _dit_ddim}.items():
+    """One row a part."""
+    macs = jdiff.create(args.model).macs() * args.batch
+    cases = {
+        "forward": (forward, torch_forward, check_forward, 2 * macs, args.rounds, 3),
+        "train": (training, torch_training, check_training, 6 * macs, args.rounds, 1),
+        "ddim": (ddim, torch_ddim, check_ddim, 4 * macs * args.steps, max(args.rounds // 2, 3), 1),
+    }
+    for name, (ours, theirs, check, flops, rounds, calls) in cases.items():
         if not args.only or name in args.only.split(","):
-            row = {"case": f"{args.model} {name} b{batch}"} | case(args, model, params, data)
-            times = {"forward": flops, "train": 3 * flops, "ddim": 2 * flops * args.steps}
-            for side in ("jdiff", "torch"):
-                if f"{side}_min_ms" in row:
-                    row[f"{side}_gflops"] = round(times[name] / row[f"{side}_min_ms"] / 1e6, 1)
+            row: Row = {"case": f"{args.model} {name} b{args.batch}", "error": apart(check, args)}
+            row |= alternate({"jdiff": ours, "torch": theirs}, args, rounds, calls)
+            row |= {f"{side}_gflops": round(flops / row[f"{side}_min_ms"] / 1e6, 1) for side in ("jdiff", "torch")}
             yield row
 
 
-def _nchw(x: np.ndarray) -> Any:
+def _model(args: argparse.Namespace) -> tuple[Any, Any]:
+    model = jdiff.create(args.model, dtype=jnp.float32)
+    return model, random_dit(model)
+
+
+def _data(args: argparse.Namespace, model: Any) -> tuple[np.ndarray, ...]:
+    """(x_0, t, noise, y), the same in every process."""
+    rng = np.random.default_rng(1)
+    shape = (args.batch, model.image_size, model.image_size, model.channels)
+    return (
+        rng.uniform(-1, 1, shape).astype(np.float32),
+        rng.integers(1, 1000, args.batch).astype(np.int32),
+        rng.normal(size=shape).astype(np.float32),
+        rng.integers(0, model.num_classes, args.batch).astype(np.int32),
+    )
+
+
+def _torch_data(args: argparse.Namespace, model: Any) -> tuple[Any, ...]:
     import torch
 
-    return torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    x_0, t, noise, y = _data(args, model)
+    nchw = lambda x: torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))  # noqa: E731
+    return nchw(x_0), torch.tensor(t).long(), nchw(noise), torch.tensor(y).long()
 
 
-def _dit_forward(args: argparse.Namespace, model: Any, params: Any, data: tuple[np.ndarray, ...]) -> Row:
-    import torch
-
-    x, t, _, y = data
-    forward = jax.jit(lambda params, x, t, y: model.apply({"params": params}, x, t, y))
+def forward(args: argparse.Namespace) -> Call:
+    model, params = _model(args)
+    x, t, _, y = _data(args, model)
+    apply = jax.jit(lambda params, x, t, y: model.apply({"params": params}, x, t, y))
     params, inputs = over_devices(params, x, t, y)
-    ours = lambda: forward(params, *inputs).block_until_ready()  # noqa: E731
-    if args.side == "jdiff":
-        return alone(ours)
-    peer = torch_dit(model, params)
-    peer_inputs = (_nchw(x), torch.tensor(t), torch.tensor(y))
-    with torch.inference_mode():
-        theirs = lambda: peer(*peer_inputs, return_dict=False)[0]  # noqa: E731
-        if args.side == "torch":
-            return alone(theirs)
-        error = close("forward", ours(), theirs().permute(0, 2, 3, 1), 1e-4)
-        return {"error": error} | alternate({"jdiff": ours, "torch": theirs}, args.rounds, calls=3)
+    return lambda: apply(params, *inputs).block_until_ready()
 
 
-def _dit_train(args: argparse.Namespace, model: Any, params: Any, data: tuple[np.ndarray, ...]) -> Row:
-    """Forward, backward, AdamW and the average, with fresh t and noise a step on both sides."""
+def torch_forward(args: argparse.Namespace) -> Call:
     import torch
 
-    lr, ema = 1e-4, optim.Ema(0.9999)
-    schedule = diffusion.make_schedule("linear")
-    tx = optim.make_optimizer(optim.make_schedule("constant", lr, 0, 1))
-    gradient = mean_gradient(class_loss(model, Process(schedule, variance="learned_range")))
-    mesh = sharding.make_mesh()
-    batch = sharding.put_batch(mesh, {"latent": data[0], "label": data[3]})
-    # copies: the step takes its state's memory
-    state = train.make_state({"dit": jax.tree.map(jnp.array, params)}, tx, f"dit/({model.frozen})")
-    placed = sharding.shardings(mesh, state)
-    step, held = train.jitted_step(mesh, placed, gradient, tx=tx, ema=ema, seed=0), [jax.device_put(state, placed)]
+    model, params = _model(args)
+    peer, (x, t, _, y) = torch_dit(model, params), _torch_data(args, model)
+    return torch.inference_mode()(lambda: peer(x, t, y, return_dict=False)[0])
 
-    def ours():
+
+def check_forward(args: argparse.Namespace) -> float:
+    return close("forward", forward(args)(), torch_forward(args)().permute(0, 2, 3, 1), 1e-4)
+
+
+LR, EMA = 1e-4, optim.Ema(0.9999)
+
+
+def training(args: argparse.Namespace) -> Call:
+    """Forward, backward, AdamW and the average, with fresh t and noise a step on both sides."""
+    model, params = _model(args)
+    x_0, _, _, y = _data(args, model)
+    tx = optim.make_optimizer(optim.make_schedule("constant", LR, 0, 1))
+    gradient = mean_gradient(class_loss(model, Process(diffusion.make_schedule("linear"), variance="learned_range")))
+    mesh = sharding.make_mesh()
+    batch = sharding.put_batch(mesh, {"latent": x_0, "label": y})
+    state = train.make_state({"dit": params}, tx, f"dit/({model.frozen})")
+    placed = sharding.shardings(mesh, state)
+    step, held = train.jitted_step(mesh, placed, gradient, tx=tx, ema=EMA, seed=0), [jax.device_put(state, placed)]
+
+    def call() -> None:
         held[0], metrics = step(held[0], batch)
         jax.block_until_ready((held[0], metrics))
 
-    if args.side == "jdiff":
-        return alone(ours)
+    return call
+
+
+def torch_training(args: argparse.Namespace) -> Call:
+    import torch
+
+    model, params = _model(args)
     peer = torch_dit(model, params)
     peer_average = copy.deepcopy(peer)
-    optimizer = torch.optim.AdamW(peer.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    peer_loss = torch_loss(schedule, peer)
-    peer_data = (_nchw(data[0]), torch.tensor(data[1]).long(), _nchw(data[2]), torch.tensor(data[3]).long())
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    loss_of = torch_loss(diffusion.make_schedule("linear"), peer)
+    x_0, _, _, y = _torch_data(args, model)
     averaged, trained = list(peer_average.parameters()), list(peer.parameters())
 
-    def theirs():
-        times = torch.randint(0, 1000, (len(data[0]),))
+    def call() -> float:
+        t = torch.randint(0, 1000, (len(x_0),))
         optimizer.zero_grad()
-        loss = peer_loss(peer_data[0], times, torch.randn_like(peer_data[0]), peer_data[3])
+        loss = loss_of(x_0, t, torch.randn_like(x_0), y)
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(averaged, trained, 1 - ema.decay)
+            torch._foreach_lerp_(averaged, trained, 1 - EMA.decay)
         return loss.item()
 
-    if args.side == "torch":
-        return alone(theirs)
+    return call
+
+
+def check_training(args: argparse.Namespace) -> float:
+    """Loss and gradients of given t and noise."""
+    model, params = _model(args)
+    schedule = diffusion.make_schedule("linear")
 
     def fixed_loss(params, x_0, t, noise, y):
         denoise = lambda x, t: model.apply({"params": params}, x, t, y)  # noqa: E731
         return diffusion.gaussian_loss(denoise, schedule, x_0, t, noise)["loss"].mean()
 
-    loss, grads = jax.jit(jax.value_and_grad(fixed_loss))(params, *map(jnp.asarray, data))
-    expected = peer_loss(*peer_data)
+    loss, grads = jax.jit(jax.value_and_grad(fixed_loss))(params, *map(jnp.asarray, _data(args, model)))
+    peer = torch_dit(model, params)
+    expected = torch_loss(schedule, peer)(*_torch_data(args, model))
     expected.backward()
     error = close("loss", loss, expected.detach(), 1e-4)
     # positions have no gradient in the peer, and must be the fixed ones in its names
@@ -190,42 +202,47 @@ def _dit_train(args: argparse.Namespace, model: Any, params: Any, data: tuple[np
     for name, parameter in peer.named_parameters():
         if not name.endswith("to_k.bias"):  # softmax makes its gradient exactly zero
             error = max(error, close(f"gradient of {name}", found[name], parameter.grad, 2e-4))
-    return {"error": error} | alternate({"jdiff": ours, "torch": theirs}, args.rounds)
+    return error
 
 
-def _dit_ddim(args: argparse.Namespace, model: Any, params: Any, data: tuple[np.ndarray, ...]) -> Row:
-    import torch
-    from diffusers import DDIMScheduler
+GUIDANCE = 4.0
 
-    scale, steps = 4.0, args.steps
-    schedule = diffusion.make_schedule("linear")
-    respaced = diffusion.respace(schedule, steps, "leading")
+
+def ddim(args: argparse.Namespace) -> Call:
+    model, params = _model(args)
+    _, _, x_T, y = _data(args, model)
+    respaced = diffusion.respace(diffusion.make_schedule("linear"), args.steps, "leading")
 
     @jax.jit
     def sample(params, x_T, y):
         denoise = lambda x, t, y: model.apply({"params": params}, x, t, y)  # noqa: E731
-        return diffusion.ddim(diffusion.guide(denoise, y, model.null_label, scale), respaced, x_T, steps=None)
+        return diffusion.ddim(diffusion.guide(denoise, y, model.null_label, GUIDANCE), respaced, x_T, steps=None)
 
-    weights, (x_T, y) = over_devices(params, data[2], data[3])
-    ours = lambda: sample(weights, x_T, y).block_until_ready()  # noqa: E731
-    if args.side == "jdiff":
-        return alone(ours)
-    peer = torch_dit(model, params)
+    params, rows = over_devices(params, x_T, y)
+    return lambda: sample(params, *rows).block_until_ready()
+
+
+def torch_ddim(args: argparse.Namespace) -> Call:
+    import torch
+    from diffusers import DDIMScheduler
+
+    model, params = _model(args)
+    peer, (_, _, x_T, y) = torch_dit(model, params), _torch_data(args, model)
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    scheduler.set_timesteps(steps)
-    peer_x, labels = _nchw(data[2]), torch.tensor(data[3]).long()
-    both = torch.cat([labels, torch.full_like(labels, model.null_label)])
+    scheduler.set_timesteps(args.steps)
+    both = torch.cat([y, torch.full_like(y, model.null_label)])
 
     @torch.inference_mode()
-    def theirs():
-        x = peer_x
+    def call():
+        x = x_T
         for t in scheduler.timesteps:
             eps = peer(torch.cat([x, x]), t.expand(len(both)), both, return_dict=False)[0][:, : model.channels]
             cond, uncond = eps.chunk(2)
-            x = scheduler.step(uncond + scale * (cond - uncond), t, x).prev_sample
+            x = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, x).prev_sample
         return x
 
-    if args.side == "torch":
-        return alone(theirs)
-    error = close("samples", ours(), theirs().permute(0, 2, 3, 1), 1e-3)
-    return {"error": error} | alternate({"jdiff": ours, "torch": theirs}, max(args.rounds // 2, 3))
+    return call
+
+
+def check_ddim(args: argparse.Namespace) -> float:
+    return close("samples", ddim(args)(), torch_ddim(args)().permute(0, 2, 3, 1), 1e-3)

@@ -11,8 +11,8 @@ import numpy as np
 
 import jdiff
 from benchmarks.devices import over_devices
-from benchmarks.dit import random_params
-from benchmarks.timing import Row, alone, alternate, close
+from benchmarks.timing import Call, Row, alternate, apart, close
+from benchmarks.weights import random_dit
 from jdiff import quant
 from jdiff.plan import sampling, topology
 
@@ -33,31 +33,38 @@ def int8(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _here(args: argparse.Namespace, recipes: list[str]) -> Iterator[Row]:
+    for name in recipes:
+        row = {"case": f"{args.model} {name} step b{args.batch}", "error": apart(partial(_check, name), args)}
+        sides = {each: partial(_step, None if each == "fp32" else each) for each in (name, "fp32")}
+        row |= alternate(sides, args, args.rounds)
+        model = jdiff.create(args.model, dtype=jnp.float32)
+        for each in (name, "fp32"):
+            recipe = None if each == "fp32" else each
+            row[f"{each}_params_mb"] = round(quant.size(_made(args, recipe)[1]) / 1e6, 1)
+            compiled = sampling.compile_step(model, recipe, args.batch, "cpu:1")
+            row[f"{each}_scratch_mb"] = round(compiled.temporary / 1e6, 1)
+        yield row
+
+
+def _made(args: argparse.Namespace, recipe: str | None) -> tuple[Any, Any]:
+    """The model and its weights, in floats without a recipe."""
     model = jdiff.create(args.model, dtype=jnp.float32)
-    plain = random_params(model)
+    params = random_dit(model)
+    return model, quant.quantize(params, quant.find_recipe(recipe)["dit"]) if recipe else params
+
+
+def _step(recipe: str | None, args: argparse.Namespace) -> Call:
+    model, params = _made(args, recipe)
     rng = np.random.default_rng(1)
     shape = (args.batch, model.image_size, model.image_size, model.channels)
     x, y = rng.normal(size=shape).astype(np.float32), rng.integers(0, model.num_classes, args.batch).astype(np.int32)
     step = jax.jit(partial(sampling.ddim_step, model))
+    params, rows = over_devices(params, x, y)
+    return lambda: step(params, *rows).block_until_ready()
 
-    def side(params: Any) -> Any:
-        params, rows = over_devices(params, x, y)
-        return lambda: step(params, *rows).block_until_ready()
 
-    made = {"fp32": plain, **{name: quant.quantize(plain, quant.find_recipe(name)["dit"]) for name in recipes}}
-    if args.side:
-        yield {"case": f"int8 {args.side}"} | alone(side(made[args.side]))
-        return
-    sides = {name: side(params) for name, params in made.items()}
-    for name in recipes:
-        error = close(name, sides[name](), sides["fp32"](), TOLERANCES[name])
-        row = {"case": f"{args.model} {name} step b{args.batch}", "error": error}
-        row |= alternate({name: sides[name], "fp32": sides["fp32"]}, args.rounds)
-        for each in (name, "fp32"):
-            row[f"{each}_params_mb"] = round(quant.size(made[each]) / 1e6, 1)
-            compiled = sampling.compile_step(model, None if each == "fp32" else each, args.batch, "cpu:1")
-            row[f"{each}_scratch_mb"] = round(compiled.temporary / 1e6, 1)
-        yield row
+def _check(recipe: str, args: argparse.Namespace) -> float:
+    return close(recipe, _step(recipe, args)(), _step(None, args)(), TOLERANCES[recipe])
 
 
 def _estimate(args: argparse.Namespace) -> Row:

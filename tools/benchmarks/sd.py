@@ -1,8 +1,7 @@
 """Stable Diffusion 1.5 at full size: the UNet's forward pass on 64x64 latents, and the autoencoder's decoding to 512x512."""
 
 import argparse
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,75 +9,97 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.devices import over_devices
-from benchmarks.timing import Row, alone, alternate, close
+from benchmarks.timing import Call, Row, alternate, apart, close
+from benchmarks.weights import moved
 from jdiff import convert, models
 from jdiff.models.macs import macs_of
-
-Case = tuple[Callable[[], Any], Callable[[], Any], int, str]
-"""Both sides, the multiply-accumulates of a call, and a title."""
 
 
 def sd(args: argparse.Namespace) -> Iterator[Row]:
     """One row a part."""
-    import torch
-
-    cases = {"unet": _unet, "vae": _vae}
-    for name, case in cases.items():
-        if args.only and name not in args.only.split(","):
-            continue
-        torch.manual_seed(0)
-        with torch.inference_mode():
-            ours, theirs, macs, title = case(args)
-            row: Row = {"case": f"sd {name} {title}"}
-            if args.side:
-                row |= alone({"jdiff": ours, "torch": theirs}[args.side])
-            else:
-                row["error"] = close(name, ours(), theirs(), 1e-4)
-                row |= alternate({"jdiff": ours, "torch": theirs}, args.rounds)
-                row |= {
-                    f"{side}_gflops": round(2 * macs / row[f"{side}_min_ms"] / 1e6, 1) for side in ("jdiff", "torch")
-                }
-        yield row
+    vae = models.create("sd15/vae")
+    cases = {
+        "unet": (unet, torch_unet, check_unet, args.batch * models.create("sd15/unet").macs(), f"b{args.batch}"),
+        "vae": (decode, torch_decode, check_decode, _decoding_macs(vae), "decode 512x512"),
+    }
+    for name, (ours, theirs, check, macs, title) in cases.items():
+        if not args.only or name in args.only.split(","):
+            row: Row = {"case": f"sd {name} {title}", "error": apart(check, args)}
+            row |= alternate({"jdiff": ours, "torch": theirs}, args, args.rounds)
+            row |= {f"{side}_gflops": round(2 * macs / row[f"{side}_min_ms"] / 1e6, 1) for side in ("jdiff", "torch")}
+            yield row
 
 
-def _ours(peer: Any) -> tuple[Any, Any]:
-    """The peer's module and weights in jdiff."""
-    module = models.from_config(json.loads(peer.to_json_string()))
-    arrays = {name: value.numpy() for name, value in peer.state_dict().items()}
-    return module, jax.tree.map(jnp.asarray, convert.from_torch(module, arrays))
-
-
-def _unet(args: argparse.Namespace) -> Case:
-    import torch
+def torch_unet_module(module: Any, params: Any) -> Any:
+    """diffusers' UNet of SD 1.5 with the same weights."""
     from diffusers import UNet2DConditionModel
 
-    batch = args.batch
     peer = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).eval()
-    module, params = _ours(peer)
+    peer.load_state_dict(tensors(module, params))
+    return peer
+
+
+def tensors(module: Any, params: Any) -> dict[str, Any]:
+    """diffusers' state dict of a module."""
+    import torch
+
+    return {name: torch.from_dlpack(array) for name, array in convert.to_torch(module, params).items()}
+
+
+def _unet_inputs(args: argparse.Namespace) -> tuple[np.ndarray, ...]:
+    """(x, t, context)."""
     rng = np.random.default_rng(0)
-    x, context = rng.normal(size=(batch, 64, 64, 4)), rng.normal(size=(batch, 77, 768))
-    t = np.full(batch, 500)
-    params, inputs = over_devices(params, x.astype(np.float32), t, context.astype(np.float32))
-    peer_inputs = (
-        torch.tensor(x).float().permute(0, 3, 1, 2).contiguous(),
-        torch.tensor(t),
-        torch.tensor(context).float(),
-    )
+    x, context = rng.normal(size=(args.batch, 64, 64, 4)), rng.normal(size=(args.batch, 77, 768))
+    return x.astype(np.float32), np.full(args.batch, 500), context.astype(np.float32)
+
+
+def unet(args: argparse.Namespace) -> Call:
+    module = models.create("sd15/unet")
+    params, inputs = over_devices(moved(module), *_unet_inputs(args))
     forward = jax.jit(module.apply)
-    ours = lambda: forward({"params": params}, *inputs).block_until_ready()  # noqa: E731
-    return ours, lambda: peer(*peer_inputs).sample.permute(0, 2, 3, 1), batch * module.macs(), f"b{batch}"
+    return lambda: forward({"params": params}, *inputs).block_until_ready()
 
 
-def _vae(args: argparse.Namespace) -> Case:
+def torch_unet(args: argparse.Namespace) -> Call:
+    import torch
+
+    module = models.create("sd15/unet")
+    peer = torch_unet_module(module, moved(module))
+    x, t, context = map(torch.tensor, _unet_inputs(args))
+    x = x.permute(0, 3, 1, 2).contiguous()
+    return torch.inference_mode()(lambda: peer(x, t, context).sample)
+
+
+def check_unet(args: argparse.Namespace) -> float:
+    return close("unet", unet(args)(), torch_unet(args)().permute(0, 2, 3, 1), 1e-4)
+
+
+LATENT = np.random.default_rng(0).normal(size=(1, 64, 64, 4)).astype(np.float32)
+
+
+def _decoding_macs(vae: Any) -> int:
+    shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), *vae.dummy_inputs())["params"])
+    return macs_of(lambda p, z: vae.apply({"params": p}, z, method="decode"), shapes, LATENT)
+
+
+def decode(args: argparse.Namespace) -> Call:
+    module = models.create("sd15/vae")
+    params, z = moved(module), jnp.asarray(LATENT)
+    apply = jax.jit(lambda params, z: module.apply({"params": params}, z, method="decode"))
+    return lambda: apply(params, z).block_until_ready()
+
+
+def torch_decode(args: argparse.Namespace) -> Call:
     import torch
     from diffusers import AutoencoderKL
 
+    module = models.create("sd15/vae")
     levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     peer = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **levels).eval()
-    module, params = _ours(peer)
-    z = np.random.default_rng(0).normal(size=(1, 64, 64, 4)).astype(np.float32)
-    peer_z = torch.tensor(z).permute(0, 3, 1, 2).contiguous()
-    decode = jax.jit(lambda params, z: module.apply({"params": params}, z, method="decode"))
-    ours = lambda: decode(params, jnp.asarray(z)).block_until_ready()  # noqa: E731
-    macs = macs_of(lambda p, z: module.apply({"params": p}, z, method="decode"), params, jnp.asarray(z))
-    return ours, lambda: peer.decode(peer_z).sample.permute(0, 2, 3, 1), macs, "decode 512x512"
+    peer.load_state_dict(tensors(module, moved(module)))
+    z = torch.tensor(LATENT).permute(0, 3, 1, 2).contiguous()
+    return torch.inference_mode()(lambda: peer.decode(z).sample)
+
+
+def check_decode(args: argparse.Namespace) -> float:
+    return close("vae", decode(args)(), torch_decode(args)().permute(0, 2, 3, 1), 1e-4)
