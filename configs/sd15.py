@@ -13,8 +13,8 @@ or, quicker, with the latents of square pictures and the text encoder's output m
 
 860 million parameters are trained. By count, a device holds 13.6 GiB: those in fp32, Adam's two moments and the average, 3.2 GiB
 each, and the frozen models' 0.8; in a step also the gradients, twice with accumulation (6.4), and the activations of 4 pictures,
-recomputed block by block (remat). So 24 GiB are about the least, and --config.mesh.fsdp=N spreads all but the activations over N
-devices. --config.text.train=true trains the text encoder too.
+recomputed block by block but for attention's (remat). So 24 GiB are about the least, and --config.mesh.fsdp=N spreads all but the
+activations over N devices. --config.text.train=true trains the text encoder too.
 
 Min-SNR-5 (arXiv:2303.09556); learning rate and average as in diffusers' example (train_text_to_image.py). Expected: pictures
 follow the data's style or subject after a few thousand steps; nothing has been measured at this size yet.
@@ -35,7 +35,7 @@ def get_config():
         name="captions", image_size=512, flip=False, workers=8
     )  # a mirrored picture may belie its caption
     config.buckets.use = True
-    config.unet.remat = "full"
+    config.unet.remat = "attention"
     config.diffusion.update(snr_gamma=5.0, caption_dropout=0.1)
     config.optim.update(lr=1e-5, weight_decay=1e-2, warmup_steps=500, clip_norm=1.0)
     config.ema.decay = 0.9999

@@ -31,7 +31,7 @@ def get_config():
     config.sample_every = config.checkpoint_every = 250
     config.data.update(name="captions", image_size=512, flip=False, workers=4)
     config.buckets.use = True
-    config.unet.remat = "full"
+    config.unet.remat = "attention"
     config.lora.update(rank=8, targets=("attn",))
     config.diffusion.update(snr_gamma=5.0, caption_dropout=0.0)
     config.optim.update(lr=1e-4, weight_decay=1e-2, warmup_steps=50, clip_norm=1.0)

@@ -142,7 +142,7 @@ def _text_to_image() -> dict[str, Any]:
             "transformer_depth": 1,
             "norm_num_groups": 32,
             "linear_projection": False,
-            "remat": "none",  # none | full
+            "remat": "none",  # none | attention | full
         },
         "text": {  # see models.CLIPText; of these init_from leaves train and clip_skip to be set
             "train": False,
@@ -260,7 +260,7 @@ CHOICES = {
     "diffusion.variance": ("fixed_small", "fixed_large"),
     "diffusion.time_sampling": ("uniform", "logit_normal"),
     "diffusion.timestep_bias.strategy": ("none", "later", "earlier", "range"),
-    "unet.remat": ("none", "full"),
+    "unet.remat": ("none", "attention", "full"),
     "captions.on_long": ("error", "truncate_loudly"),
     "quant.mode": ("none", "train", "lsq"),
     "quant.recipe": ("w8a8", "w8", "w4"),

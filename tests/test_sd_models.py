@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from jdiff import convert, models, tree
 from jdiff.models import vae
+from jdiff.models.unet import UNet
 
 COUNTS = {"sd15/unet": 859_520_964, "sd15/vae": 83_653_863, "sd15/text": 123_060_480}
 DTYPES = {"fp32": (jnp.float32, torch.float32, 1e-4), "fp64": (jnp.float64, torch.float64, 1e-8)}
@@ -197,6 +198,28 @@ def test_wrong_weights_are_listed():
         convert.from_torch(module, {**arrays, "decoder.conv_in.weight": lost, "encoder.extra": lost})
     with pytest.raises(ValueError, match=r"misshapen: decoder\.conv_in\.weight"):
         convert.from_torch(module, {**arrays, "decoder.conv_in.weight": lost[:1]})
+
+
+def test_recomputation_changes_nothing_and_keeps_attention():
+    """Value and gradient are the same; "attention" makes no probability again that "none" does not."""
+    sizes = {"block_out_channels": (16,), "attention": (True,), "heads": (2,), "layers_per_block": 1}
+    rng = np.random.default_rng(0)
+    x, t, context = rng.normal(size=(2, 4, 4, 4)), np.array([3.0, 500.0]), rng.normal(size=(2, 5, 24))
+    found, exponentials = {}, {}
+    with jax.enable_x64(True):
+        unet = UNet(**sizes, cross_attention_dim=24, norm_num_groups=4, dtype=jnp.float64)
+        params = jax.jit(unet.init)(jax.random.key(0), x, t, context)["params"]
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64) + 0.01, params)
+        for remat in ("none", "attention", "full"):
+            apply = unet.clone(remat=remat).apply
+            gradient = jax.value_and_grad(lambda p, apply=apply: (apply({"params": p}, x, t, context) ** 2).sum())
+            found[remat] = jax.jit(gradient)(params)
+            exponentials[remat] = str(jax.make_jaxpr(gradient)(params)).count("= exp ")
+    for remat in ("attention", "full"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), found[remat], found["none"])
+    assert exponentials["attention"] == exponentials["none"] < exponentials["full"]
+    with pytest.raises(ValueError, match="remat='some' is unknown"):
+        UNet(remat="some")
 
 
 def test_older_names_are_read():

@@ -27,6 +27,12 @@ from jdiff.models.macs import macs
 from jdiff.rows import boundary
 
 EPS = 1e-5
+KEPT = {"attention": jax.checkpoint_policies.save_only_these_names("attention"), "full": None}
+"""What recomputation keeps of a block beside its input."""
+
+
+def _recomputed(block: Any, remat: str) -> Any:
+    return block if remat == "none" else nn.remat(block, policy=KEPT[remat])
 
 
 class CrossAttention(nn.Module):
@@ -132,7 +138,7 @@ class Level(nn.Module):
     groups: int
     linear: bool
     resample: str
-    remat: bool
+    remat: str
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -144,8 +150,7 @@ class Level(nn.Module):
         skips: tuple[jax.Array, ...] = (),
         size: tuple[int, int] | None = None,
     ) -> tuple[jax.Array, list[jax.Array]]:
-        resnet = nn.remat(ResnetBlock) if self.remat else ResnetBlock
-        transformer = nn.remat(SpatialTransformer) if self.remat else SpatialTransformer
+        resnet, transformer = _recomputed(ResnetBlock, self.remat), _recomputed(SpatialTransformer, self.remat)
         made = []
         for i in range(self.layers):
             if skips:
@@ -171,13 +176,12 @@ class MidBlock(nn.Module):
     depth: int
     groups: int
     linear: bool
-    remat: bool
+    remat: str
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, temb_BD: jax.Array, context_BSE: jax.Array) -> jax.Array:
-        resnet = nn.remat(ResnetBlock) if self.remat else ResnetBlock
-        transformer = nn.remat(SpatialTransformer) if self.remat else SpatialTransformer
+        resnet, transformer = _recomputed(ResnetBlock, self.remat), _recomputed(SpatialTransformer, self.remat)
         settings = {"groups": self.groups, "eps": EPS, "zero_out": True, "dtype": self.dtype}
         C = x_BHWC.shape[-1]
         x_BHWC = resnet(C, **settings, name="resnets_0")(x_BHWC, temb_BD)
@@ -203,7 +207,7 @@ class UNet(nn.Module):
     in_channels: 9 for SD's inpainting model (latent, mask, masked latent). block_out_channels: width of each level.
     attention: which levels attend, from the top. heads: of each level; channels / heads is the head dim.
     transformer_depth: blocks a transformer. linear_projection: see `SpatialTransformer`; SD 2.x has it.
-    remat: "full" recomputes every block in the backward pass, "none" keeps everything.
+    remat: what the backward pass recomputes: nothing, every block but its attention's output ("attention"), or all of it ("full").
     """
 
     in_channels: int = 4
@@ -216,7 +220,7 @@ class UNet(nn.Module):
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
     linear_projection: bool = False
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "attention", "full"] = "none"
     dtype: Any = jnp.float32
 
     frozen = r"$^"  # no leaf
@@ -234,8 +238,8 @@ class UNet(nn.Module):
                 raise ValueError(
                     f"a level's width {width} is not a multiple of its {heads} heads and {self.norm_num_groups} groups"
                 )
-        if self.remat not in ("none", "full"):
-            raise ValueError(f"remat={self.remat!r} is unknown; use 'none' or 'full'")
+        if self.remat not in ("none", *KEPT):
+            raise ValueError(f"remat={self.remat!r} is unknown; use 'none', 'attention' or 'full'")
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, t_B: jax.Array, context_BSE: jax.Array) -> jax.Array:
@@ -250,19 +254,20 @@ class UNet(nn.Module):
         temb_BD = TimeEmbedding(4 * widths[0], self.dtype, name="time_embedding")(waves_BD)
         context_BSE = context_BSE.astype(self.dtype)
         shared = (self.transformer_depth, groups, self.linear_projection)
-        remat = self.remat == "full"
 
         x_BHWC = Conv(widths[0], (3, 3), kernel_init=torch_uniform, dtype=self.dtype, name="conv_in")(x_BHWC)
         skips, heads = [x_BHWC], [n if attends else 0 for n, attends in zip(self.heads, self.attention, strict=True)]
         for i, width in enumerate(widths):
             resample = "down" if i < last else ""
-            settings = (width, self.layers_per_block, heads[i], *shared, resample, remat, self.dtype)
+            settings = (width, self.layers_per_block, heads[i], *shared, resample, self.remat, self.dtype)
             x_BHWC, made = Level(*settings, name=f"down_blocks_{i}")(x_BHWC, temb_BD, context_BSE)
             skips += made
-        x_BHWC = MidBlock(self.heads[-1], *shared, remat, self.dtype, name="mid_block")(x_BHWC, temb_BD, context_BSE)
+        x_BHWC = MidBlock(self.heads[-1], *shared, self.remat, self.dtype, name="mid_block")(
+            x_BHWC, temb_BD, context_BSE
+        )
         for i, width in enumerate(widths[::-1]):
             resample = "up" if i < last else ""
-            settings = (width, self.layers_per_block + 1, heads[last - i], *shared, resample, remat, self.dtype)
+            settings = (width, self.layers_per_block + 1, heads[last - i], *shared, resample, self.remat, self.dtype)
             skips, here = skips[: -self.layers_per_block - 1], tuple(skips[-self.layers_per_block - 1 :])
             # an odd side was rounded up on the way down: the next level's skips say what it was
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
