@@ -356,20 +356,45 @@ def test_splash_compiles_for_a_tpu(width):
         assert sorted(Program(compiled.as_text()).kernels.values()) == [2 * product, 3 * product, 4 * product]
 
 
+def scattered_as(mesh):
+    """What XLA:TPU makes of a kernel's gradient that is added up over fsdp, of which each device asks for its part alone. Where the
+    axis takes a part of a torus in both directions it adds up whole, along both at once, and cuts; that is no slower."""
+    rows = PartitionSpec(("data", "fsdp"))
+    part = jax.shard_map(
+        lambda x, g: jax.lax.psum_scatter(x.T @ g, "fsdp", scatter_dimension=1, tiled=True),
+        mesh=mesh,
+        in_specs=(rows, rows),
+        out_specs=PartitionSpec(None, "fsdp"),
+        check_vma=False,
+    )
+    arrays = [
+        jax.ShapeDtypeStruct((256 * mesh.size, n), jnp.bfloat16, sharding=NamedSharding(mesh, rows))
+        for n in (1152, 4608)
+    ]
+    with target.compiling_for("tpu"):
+        (moved,) = Program(jax.jit(part).lower(*arrays).compile().as_text()).collectives
+    assert moved.bytes == 1152 * 4608 * 2
+    return moved.kind
+
+
 @pytest.mark.slow
 @needs_libtpu
-def test_fsdp_of_dit_xl_on_a_v5e_moves_what_it_must():
-    """DiT-XL/2 on 16 chips: kernels are gathered and gradients added up, of the ideal sizes, and activations stay. Whether sums are
-    scattered or kept whole is XLA:TPU's choice."""
-    settings = ("data.name=noise", "data.path=32x32x4:1000", "mesh.fsdp=16", "batch_size=256")
-    made = training.plan(config(*settings, file="configs/dit_xl2_imagenet256.py"), "v5e:4x4")
+@pytest.mark.parametrize(
+    ("machine", "batch", "kind"), [("v5e:4x4", 256, "all-reduce"), ("v5e:16x16", 4096, "reduce-scatter")]
+)
+def test_fsdp_of_dit_xl_on_a_v5e_moves_what_it_must(machine, batch, kind):
+    """DiT-XL/2: kernels are gathered and gradients scattered, of the ideal sizes, and activations stay. A sum that is scattered
+    has the form that XLA:TPU gives to an explicit `psum_scatter` over the same axis."""
+    mesh = sharding.make_mesh(-1, 16, 1, topology.devices(topology.parse(machine)))
+    assert scattered_as(mesh) == kind
+    settings = ("data.name=noise", "data.path=32x32x4:1000", "mesh.fsdp=16", f"batch_size={batch}")
+    made = training.plan(config(*settings, file="configs/dit_xl2_imagenet256.py"), machine)
     moved, ideal = Counter(), Counter()
     for each in made.transfers:
         moved[each.kind] += each.bytes
         ideal[each.kind] += each.ideal or 0
-    sums = ("reduce-scatter", "all-reduce")
     assert moved["all-gather"] == pytest.approx(ideal["all-gather"], rel=0.1)
-    assert sum(moved[kind] for kind in sums) == pytest.approx(sum(ideal[kind] for kind in sums), rel=0.1)
-    assert sum(size for kind, size in moved.items() if kind not in (*sums, "all-gather")) < 0.01 * moved["all-gather"]
+    assert moved[kind] == pytest.approx(ideal["reduce-scatter"], rel=0.1)
+    assert sum(size for other, size in moved.items() if other not in (kind, "all-gather")) < 0.05 * moved["all-gather"]
     whole = 4 * made.parameters
     assert made.state["parameters"] < 1.05 * whole / 16 and made.temporary < 8 * 2**30 and made.fits
