@@ -4,6 +4,7 @@
     python tools/bench.py sd [--batch 2] [--rounds 5] [--only unet,vae]
     python tools/bench.py lora [--batch 2] [--rounds 5] [--only full,step]
     python tools/bench.py int8 [--batch 8] [--rounds 5] [--only w8a8,w8,tpu]
+    python tools/bench.py growth [--rounds 3] [--only image_size,depth,width,batch,devices]
     python tools/bench.py data [--source imagefolder --path FOLDER] [--batch 64] [--step-ms 100]
 
 Each case makes both sides from one set of random weights, asserts that they compute the same, warms both up, each in a process
@@ -12,6 +13,9 @@ gives medians and minima in milliseconds, their ratios jdiff / peer (below 1 jdi
 The peer on a CPU is PyTorch in eager mode with diffusers' own modules, schedulers and the fused AdamW; of int8 it is jdiff
 itself in fp32, or bf16 by XLA:TPU's estimate. `others` is the share of the machine's processors that went to other processes
 meanwhile: above 0.05 the figures are no measurement, and a line says so.
+
+`--check docs/performance.jsonl` ends with an error where a ratio is above what is recorded there for this kind of processor by
+more than the noise of both.
 
 A case is a file in tools/benchmarks/, registered in `CASES`.
 """
@@ -25,7 +29,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import jax
-from benchmarks import data, dit, int8, lora, sd
+from benchmarks import data, dit, growth, int8, lora, record, sd
 from benchmarks.timing import Row
 
 from jdiff import runtime
@@ -36,7 +40,9 @@ def machine() -> Row:
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
-            model = next((x.split(":")[1].strip() for x in file if x.startswith("model name")), model)
+            facts = dict(x.split(":", 1) for x in file.read().replace("\t", "").split("\n") if ":" in x)
+        vectors = [name for name in ("avx512f", "avx2") if name in facts.get("flags", "").split()]
+        model = ", ".join([facts.get("model name", model).strip(), *vectors[:1]])
     libraries = ("jax", "jaxlib", "flax", "torch", "diffusers")
     return {
         "device": str(jax.devices()[0].device_kind),
@@ -57,6 +63,7 @@ def report(rows: list[Row]) -> None:
         "ratio_min",
         "images_per_s",
         "quicker",
+        "growth",
         "memory_share",
         "waits",
         "others",
@@ -74,6 +81,7 @@ CASES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "sd": sd.sd,
     "lora": lora.lora_steps,
     "int8": int8.int8,
+    "growth": growth.growth,
     "data": data.data,
 }
 
@@ -84,6 +92,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="rows (default: 2 for sd and lora, else 8)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="append the lines to this file")
+    parser.add_argument("--check", metavar="FILE", help="fail where a ratio falls behind those that --json wrote there")
     parser.add_argument("--only", default="", help="some of a case's parts, by comma")
     parser.add_argument("--model", default="DiT-S/2")
     parser.add_argument("--tpu-model", default="DiT-XL/2", help="int8: what is compiled for a v5e, where libtpu is")
@@ -97,6 +106,7 @@ def main() -> None:
     args.batch = args.batch or {"sd": 2, "lora": 2}.get(args.case, 8)
     # as launch.py does on a CPU, and tools/sample.py
     least = 1 if args.case in ("sd", "int8") else runtime.LEAST_ROWS
+    args.shape = {}  # of the model, where a case changes it
     args.devices = runtime.cpu_devices(args.batch, least=least)
     runtime.prepare(args.devices)
     lines, rows = [machine()], []
@@ -109,6 +119,15 @@ def main() -> None:
         with open(args.json, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
     report(rows)
+    if args.check:
+        with open(args.check) as file:
+            recorded = [json.loads(line) for line in file]
+        try:
+            slower = record.behind(rows, recorded, lines[0]["processor"])
+        except LookupError as error:
+            sys.exit(str(error))
+        if slower:
+            sys.exit("behind what is recorded: " + "; ".join(slower))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def dit(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _model(args: argparse.Namespace) -> tuple[Any, Any]:
-    model = jdiff.create(args.model, dtype=jnp.float32)
+    model = jdiff.create(args.model, dtype=jnp.float32, **args.shape)
     return model, random_dit(model)
 
 

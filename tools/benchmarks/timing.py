@@ -92,7 +92,7 @@ class Busy:
         return round(max(float((used - own - sides) / available), 0.0), 3)
 
 
-def _turns(sides: dict[str, Build], args: argparse.Namespace, rounds: int, calls: int = 1) -> Row:
+def turns(sides: dict[str, Build], args: argparse.Namespace, rounds: int, calls: int = 1) -> Row:
     """Each side's median and least milliseconds a call and its peak memory, and what others took of the machine meanwhile."""
     running: dict[str, Side] = {}
     for name, build in sides.items():
@@ -113,7 +113,7 @@ def _turns(sides: dict[str, Build], args: argparse.Namespace, rounds: int, calls
 
 def alternate(sides: dict[str, Build], args: argparse.Namespace, rounds: int, calls: int = 1) -> Row:
     """Milliseconds a call of each side, taken in turn (A B A B ...) after one warm-up, and ratios of the first to the second."""
-    row = _turns(sides, args, rounds, calls)
+    row = turns(sides, args, rounds, calls)
     a, b = sides
     row["ratio"] = round(row[f"{a}_ms"] / row[f"{b}_ms"], 3)
     row["ratio_min"] = round(row[f"{a}_min_ms"] / row[f"{b}_min_ms"], 3)
@@ -124,7 +124,7 @@ def in_sequence(sides: dict[str, Build], args: argparse.Namespace, rounds: int) 
     """Milliseconds a call of each side, one after the other, where both do not fit the memory of a small machine."""
     row: Row = {"others": 0.0}
     for name, build in sides.items():
-        found = _turns({name: build}, args, rounds)
+        found = turns({name: build}, args, rounds)
         row |= found | {"others": max(row["others"], found["others"])}
     return row
 

@@ -1,0 +1,67 @@
+"""How a DiT's training step grows with depth, width, tokens, batch and devices, beside its FLOPs."""
+
+import argparse
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jdiff
+from benchmarks import dit
+from benchmarks.timing import Call, Row, turns
+from jdiff import runtime
+
+BASE = {"image_size": 32, "depth": 12, "width": 384, "batch": 4}
+SWEEPS: dict[str, tuple[int, ...]] = {
+    "image_size": (32, 48, 64),
+    "depth": (12, 20, 28),
+    "width": (384, 576, 768),
+    "batch": (4, 8, 16, 32),
+}
+"""Of latents with patches of 2: 256, 576 and 1024 tokens. Heads have a width of 64."""
+
+
+def growth(args: argparse.Namespace) -> Iterator[Row]:
+    """A row for each value of a sweep, all on one device, those of a sweep in turn; then one for one device and for all.
+
+    `growth` is the time's growth from the first value divided by the FLOPs': 1 is the ideal, and less where the small are wasteful.
+    """
+    asked = args.only.split(",") if args.only else [*SWEEPS, "devices"]
+    for sweep in [name for name in SWEEPS if name in asked]:
+        settings = {f"{sweep} {value}": BASE | {sweep: value} for value in SWEEPS[sweep]}
+        yield from _rows(settings, _on(1, args))
+    if "devices" in asked:
+        most = BASE | {"batch": max(SWEEPS["batch"])}
+        for devices in sorted({1, runtime.cpu_devices(most["batch"])}):
+            yield from _rows({f"devices {devices}, batch {most['batch']}": most}, _on(devices, args))
+
+
+def _on(devices: int, args: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | {"devices": devices})
+
+
+def _rows(settings: dict[str, dict[str, int]], args: argparse.Namespace) -> Iterator[Row]:
+    times = turns({name: functools.partial(training, each) for name, each in settings.items()}, args, args.rounds)
+    first: tuple[float, int] | None = None
+    for name, each in settings.items():
+        flops = 6 * each["batch"] * jdiff.create(args.model, **_shape(each)).macs()
+        least = times[f"{name}_min_ms"]
+        first = first or (least, flops)
+        yield {
+            "case": f"growth {name}",
+            "jdiff_ms": times[f"{name}_ms"],
+            "jdiff_min_ms": least,
+            "jdiff_rss_mib": times[f"{name}_rss_mib"],
+            "jdiff_gflops": round(flops / least / 1e6, 1),
+            "gflop": round(flops / 1e9, 1),
+            "growth": round(least / first[0] / (flops / first[1]), 3),
+            "others": times["others"],
+        }
+
+
+def _shape(settings: dict[str, int]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "batch"} | {"heads": settings["width"] // 64}
+
+
+def training(settings: dict[str, int], args: argparse.Namespace) -> Call:
+    changed = {"batch": settings["batch"], "shape": _shape(settings)}
+    return dit.training(argparse.Namespace(**vars(args) | changed))
