@@ -20,12 +20,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    with path.open() as file:
+        for line in file:
+            try:
+                records.append(json.loads(line, object_pairs_hook=_named_once))
+            except json.JSONDecodeError:
+                break
     return records
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A record that shares its names with all others: a run reads all of its own for each report."""
+    return {sys.intern(name): value for name, value in pairs}
 
 
 class Logbook:
