@@ -380,9 +380,13 @@ def scattered_as(mesh):
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("machine", "batch", "kind"), [("v5e:4x4", 256, "all-reduce"), ("v5e:16x16", 4096, "reduce-scatter")]
+    ("machine", "batch", "kind", "rest"),
+    [
+        ("v5e:4x4", 256, "all-reduce", 0.01),
+        ("v5e:16x16", 4096, "reduce-scatter", 0.04),
+    ],  # what is scattered goes over data
 )
-def test_fsdp_of_dit_xl_on_a_v5e_moves_what_it_must(machine, batch, kind):
+def test_fsdp_of_dit_xl_on_a_v5e_moves_what_it_must(machine, batch, kind, rest):
     """DiT-XL/2: kernels are gathered and gradients scattered, of the ideal sizes, and activations stay. A sum that is scattered
     has the form that XLA:TPU gives to an explicit `psum_scatter` over the same axis."""
     mesh = sharding.make_mesh(-1, 16, 1, topology.devices(topology.parse(machine)))
@@ -395,6 +399,7 @@ def test_fsdp_of_dit_xl_on_a_v5e_moves_what_it_must(machine, batch, kind):
         ideal[each.kind] += each.ideal or 0
     assert moved["all-gather"] == pytest.approx(ideal["all-gather"], rel=0.1)
     assert moved[kind] == pytest.approx(ideal["reduce-scatter"], rel=0.1)
-    assert sum(size for other, size in moved.items() if other not in (kind, "all-gather")) < 0.05 * moved["all-gather"]
+    others = sum(size for other, size in moved.items() if other not in (kind, "all-gather"))
+    assert others < rest * moved["all-gather"]
     whole = 4 * made.parameters
     assert made.state["parameters"] < 1.05 * whole / 16 and made.temporary < 8 * 2**30 and made.fits
