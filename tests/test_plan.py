@@ -358,7 +358,7 @@ def test_splash_compiles_for_a_tpu(width):
 
 def scattered_as(mesh):
     """What XLA:TPU makes of a kernel's gradient that is added up over fsdp, of which each device asks for its part alone. Where the
-    axis takes a part of a torus in both directions it adds up whole, along both at once, and cuts; that is no slower."""
+    axis takes a part of a torus in both directions it adds up whole, along both at once, and cuts."""
     rows = PartitionSpec(("data", "fsdp"))
     part = jax.shard_map(
         lambda x, g: jax.lax.psum_scatter(x.T @ g, "fsdp", scatter_dimension=1, tiled=True),
