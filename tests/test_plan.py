@@ -383,8 +383,8 @@ def scattered_as(mesh):
     ("machine", "batch", "kind", "rest"),
     [
         ("v5e:4x4", 256, "all-reduce", 0.01),
-        ("v5e:16x16", 4096, "reduce-scatter", 0.04),
-    ],  # what is scattered goes over data
+        ("v5e:16x16", 4096, "reduce-scatter", 0.04),  # what is scattered is then summed over data
+    ],
 )
 def test_fsdp_of_dit_xl_on_a_v5e_moves_what_it_must(machine, batch, kind, rest):
     """DiT-XL/2: kernels are gathered and gradients scattered, of the ideal sizes, and activations stay. A sum that is scattered

@@ -11,7 +11,7 @@ import numpy as np
 
 import jdiff
 from benchmarks.devices import over_devices
-from benchmarks.timing import Call, Row, alternate, apart, close
+from benchmarks.timing import Call, Row, beside_torch, close
 from benchmarks.weights import random_dit
 from jdiff import convert, diffusion, optim, sharding, train
 from jdiff.diffusion.process import Process
@@ -86,10 +86,8 @@ def dit(args: argparse.Namespace) -> Iterator[Row]:
     }
     for name, (ours, theirs, check, flops, rounds, calls) in cases.items():
         if not args.only or name in args.only.split(","):
-            row: Row = {"case": f"{args.model} {name} b{args.batch}", "error": apart(check, args)}
-            row |= alternate({"jdiff": ours, "torch": theirs}, args, rounds, calls)
-            row |= {f"{side}_gflops": round(flops / row[f"{side}_min_ms"] / 1e6, 1) for side in ("jdiff", "torch")}
-            yield row
+            title = f"{args.model} {name} b{args.batch}"
+            yield beside_torch(title, ours, theirs, check, args, rounds, calls, flops)
 
 
 def _model(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -23,39 +23,49 @@ SWEEPS: dict[str, tuple[int, ...]] = {
 def growth(args: argparse.Namespace) -> Iterator[Row]:
     """A row for each value of a sweep, all on one device, those of a sweep in turn; then one for one device and for all.
 
-    `growth` is the time's growth from the first value divided by the FLOPs': 1 is the ideal, and less where the small are wasteful.
+    `growth` is the time's growth from a sweep's first value divided by that of the FLOPs a device: 1 is the ideal, and less where
+    the small are wasteful.
     """
     asked = args.only.split(",") if args.only else [*SWEEPS, "devices"]
     for sweep in [name for name in SWEEPS if name in asked]:
         settings = {f"{sweep} {value}": BASE | {sweep: value} for value in SWEEPS[sweep]}
-        yield from _rows(settings, _on(1, args))
+        yield from _grown(_rows(settings, _on(1, args)))
     if "devices" in asked:
         most = BASE | {"batch": max(SWEEPS["batch"])}
-        for devices in sorted({1, runtime.cpu_devices(most["batch"])}):
-            yield from _rows({f"devices {devices}, batch {most['batch']}": most}, _on(devices, args))
+        counts = sorted({1, runtime.cpu_devices(most["batch"])})
+        titles = {n: f"devices {n}, batch {most['batch']}" for n in counts}
+        yield from _grown([row for n in counts for row in _rows({titles[n]: most}, _on(n, args))])
+
+
+def _grown(rows: list[Row]) -> list[Row]:
+    first = rows[0]
+    for row in rows:
+        ideal = row["gflop_a_device"] / first["gflop_a_device"]
+        row["growth"] = round(row["jdiff_min_ms"] / first["jdiff_min_ms"] / ideal, 3)
+    return rows
 
 
 def _on(devices: int, args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | {"devices": devices})
 
 
-def _rows(settings: dict[str, dict[str, int]], args: argparse.Namespace) -> Iterator[Row]:
+def _rows(settings: dict[str, dict[str, int]], args: argparse.Namespace) -> list[Row]:
     times = turns({name: functools.partial(training, each) for name, each in settings.items()}, args, args.rounds)
-    first: tuple[float, int] | None = None
+    rows = []
     for name, each in settings.items():
-        flops = 6 * each["batch"] * jdiff.create(args.model, **_shape(each)).macs()
-        least = times[f"{name}_min_ms"]
-        first = first or (least, flops)
-        yield {
-            "case": f"growth {name}",
-            "jdiff_ms": times[f"{name}_ms"],
-            "jdiff_min_ms": least,
-            "jdiff_rss_mib": times[f"{name}_rss_mib"],
-            "jdiff_gflops": round(flops / least / 1e6, 1),
-            "gflop": round(flops / 1e9, 1),
-            "growth": round(least / first[0] / (flops / first[1]), 3),
-            "others": times["others"],
-        }
+        flops, least = 6 * each["batch"] * jdiff.create(args.model, **_shape(each)).macs(), times[f"{name}_min_ms"]
+        rows.append(
+            {
+                "case": f"growth {name}",
+                "jdiff_ms": times[f"{name}_ms"],
+                "jdiff_min_ms": least,
+                "jdiff_rss_mib": times[f"{name}_rss_mib"],
+                "jdiff_gflops": round(flops / least / 1e6, 1),
+                "gflop_a_device": round(flops / args.devices / 1e9, 1),
+                "others": times["others"],
+            }
+        )
+    return rows
 
 
 def _shape(settings: dict[str, int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.sd import torch_unet_module
-from benchmarks.timing import Call, Row, alternate, apart, close, in_sequence
+from benchmarks.timing import Call, Row, beside_torch, close, in_sequence
 from benchmarks.weights import moved
 from jdiff import diffusion, lora, models, optim, sharding, train
 from jdiff.convert.unet import dotted
@@ -32,8 +32,7 @@ def lora_steps(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _beside_peft(args: argparse.Namespace) -> Row:
-    row: Row = {"case": f"lora step r{RANK} b{args.batch}", "error": apart(check, args)}
-    return row | alternate({"jdiff": lora_step, "torch": peft_step}, args, args.rounds)
+    return beside_torch(f"lora step r{RANK} b{args.batch}", lora_step, peft_step, check, args, args.rounds)
 
 
 def _beside_full(args: argparse.Namespace) -> Row:

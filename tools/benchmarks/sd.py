@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.devices import over_devices
-from benchmarks.timing import Call, Row, alternate, apart, close
+from benchmarks.timing import Call, Row, beside_torch, close
 from benchmarks.weights import moved
 from jdiff import convert, models
 from jdiff.models.macs import macs_of
@@ -17,17 +17,13 @@ from jdiff.models.macs import macs_of
 
 def sd(args: argparse.Namespace) -> Iterator[Row]:
     """One row a part."""
-    vae = models.create("sd15/vae")
     cases = {
-        "unet": (unet, torch_unet, check_unet, args.batch * models.create("sd15/unet").macs(), f"b{args.batch}"),
-        "vae": (decode, torch_decode, check_decode, _decoding_macs(vae), "decode 512x512"),
+        "unet": (unet, torch_unet, check_unet, _unet_macs, f"b{args.batch}"),
+        "vae": (decode, torch_decode, check_decode, _decoding_macs, "decode 512x512"),
     }
     for name, (ours, theirs, check, macs, title) in cases.items():
         if not args.only or name in args.only.split(","):
-            row: Row = {"case": f"sd {name} {title}", "error": apart(check, args)}
-            row |= alternate({"jdiff": ours, "torch": theirs}, args, args.rounds)
-            row |= {f"{side}_gflops": round(2 * macs / row[f"{side}_min_ms"] / 1e6, 1) for side in ("jdiff", "torch")}
-            yield row
+            yield beside_torch(f"sd {name} {title}", ours, theirs, check, args, args.rounds, flops=2 * macs(args))
 
 
 def torch_unet_module(module: Any, params: Any) -> Any:
@@ -77,7 +73,12 @@ def check_unet(args: argparse.Namespace) -> float:
 LATENT = np.random.default_rng(0).normal(size=(1, 64, 64, 4)).astype(np.float32)
 
 
-def _decoding_macs(vae: Any) -> int:
+def _unet_macs(args: argparse.Namespace) -> int:
+    return args.batch * models.create("sd15/unet").macs()
+
+
+def _decoding_macs(args: argparse.Namespace) -> int:
+    vae = models.create("sd15/vae")
     shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), *vae.dummy_inputs())["params"])
     return macs_of(lambda p, z: vae.apply({"params": p}, z, method="decode"), shapes, LATENT)
 

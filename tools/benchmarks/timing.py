@@ -120,6 +120,24 @@ def alternate(sides: dict[str, Build], args: argparse.Namespace, rounds: int, ca
     return row
 
 
+def beside_torch(
+    case: str,
+    ours: Build,
+    theirs: Build,
+    check: Callable[[argparse.Namespace], float],
+    args: argparse.Namespace,
+    rounds: int,
+    calls: int = 1,
+    flops: int | None = None,
+) -> Row:
+    """A case's row: how far apart both are, their times, and with the FLOPs of a call their rates."""
+    row: Row = {"case": case, "error": apart(check, args)}
+    row |= alternate({"jdiff": ours, "torch": theirs}, args, rounds, calls)
+    if flops is not None:
+        row |= {f"{side}_gflops": round(flops / row[f"{side}_min_ms"] / 1e6, 1) for side in ("jdiff", "torch")}
+    return row
+
+
 def in_sequence(sides: dict[str, Build], args: argparse.Namespace, rounds: int) -> Row:
     """Milliseconds a call of each side, one after the other, where both do not fit the memory of a small machine."""
     row: Row = {"others": 0.0}
