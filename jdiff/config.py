@@ -260,6 +260,7 @@ CHOICES = {
     "diffusion.variance": ("fixed_small", "fixed_large"),
     "diffusion.time_sampling": ("uniform", "logit_normal"),
     "diffusion.timestep_bias.strategy": ("none", "later", "earlier", "range"),
+    "model.remat": ("none", "dots", "full"),
     "unet.remat": ("none", "attention", "full"),
     "captions.on_long": ("error", "truncate_loudly"),
     "quant.mode": ("none", "train", "lsq"),
@@ -421,8 +422,8 @@ def load_file(path: str) -> Config:
 
 
 def override(config: Config, key: str, text: str) -> None:
-    """Sets `key` (as `optim.lr`) to what `text` says, which must be of the key's type; `none` empties an optional key.
-    A key of several numbers takes them by comma, as `--config.vae.block_out_channels=32,64`.
+    """Sets `key` (as `optim.lr`) to what `text` says, which must be of the key's type; `none` empties an optional key
+    that has no such value of its own. A key of several numbers takes them by comma, as `--config.vae.block_out_channels=32,64`.
 
     ValueError names an unknown key with the nearest that exists, or the type that was expected.
     """
@@ -437,7 +438,8 @@ def override(config: Config, key: str, text: str) -> None:
     group = config
     for parent in parents:
         group = group[parent]
-    if text.lower() == "none" and flat(default(config.task)).get(key, text) is None:
+    empties = text.lower() == "none" and "none" not in CHOICES.get(key, ())
+    if empties and flat(default(config.task)).get(key, text) is None:
         group[name] = None
     elif isinstance(group[name], tuple):
         kind = type(group[name][0])

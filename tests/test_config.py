@@ -68,7 +68,8 @@ def test_a_wrong_type_names_key_and_type(key, text, kind):
         ("model.learn_sigma", "false", False),
         ("data.path", "a=b c", "a=b c"),
         ("optim.clip_norm", "0.5", 0.5),
-        ("model.remat", "none", None),  # the field's own default, which is "none"
+        ("model.remat", "none", "none"),  # a value, where the field's own default is "dots"
+        ("model.depth", "none", None),
         ("optim.clip_norm", "None", None),
     ],
 )
