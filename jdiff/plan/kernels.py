@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 
 from jdiff.plan.hlo import Array
+from jdiff.sums import LANES
 
 SHARE = 0.5
 """Of peak, on heads padded to `LANES`: taken, not measured."""
-LANES = 128
 PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 """Of a kernel's name: how many products it makes of queries and keys, the scores of the backward pass made anew."""
 

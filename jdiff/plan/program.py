@@ -5,6 +5,7 @@ counts as often as it runs. Instructions without an estimate (kernels, copies th
 counted, so that it can be said what share of the program an estimate speaks for.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -13,13 +14,15 @@ from functools import cached_property
 
 from jdiff.plan import hlo
 from jdiff.plan.hlo import Instruction
-from jdiff.plan.kernels import kernel_flops
+from jdiff.plan.kernels import SHARE, kernel_flops
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota")
 )
 """Opcodes that do nothing when the program runs."""
+VIEW = 'custom_call_target="ConcatBitcast"'
+"""XLA:TPU's name for slices that were copied side by side, as one array."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Program:
                 for key in ("to_apply", "calls", "branch_computations", "true_computation", "false_computation"):
                     for name in made.calls(key):
                         yield from self._walk(name, repeats, unknown)
-            elif made.opcode not in FREE:
+            elif made.opcode not in FREE and VIEW not in made.text:
                 yield Scheduled(made, repeats, computation)
 
     @property
@@ -100,6 +103,10 @@ class Program:
                 if flops is not None:
                     found[place] = made.repeats * flops
         return found
+
+    def kernel_cycles(self, flops_per_cycle: float) -> int:
+        """Those of the known `kernels`, which have no estimate, at `kernels.SHARE` of a chip's peak."""
+        return math.ceil(sum(self.kernels.values()) / (SHARE * flops_per_cycle))
 
     @property
     def _estimable(self) -> Iterator[Scheduled]:
@@ -137,26 +144,29 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Transfers between devices, in the forms that XLA:TPU gives them too: a reduce-scatter is a fusion of that name; what is
         gathered for a product, or scattered of one, may be passed round piece by piece in a loop of products, `windowed`; and
-        what has one channel is one transfer, however often it is written down: begun, stepped on and ended within fusions."""
+        what is begun, stepped on and ended within fusions is one transfer, where it is begun. What an unrolled loop moves has one
+        channel, however often it runs."""
         found: list[Collective] = []
-        channels: set[str] = set()
+        begun: set[str] = set()
         for made in self.scheduled:
+            fusion = made.instruction.opcode == "fusion"
+            scatter = fusion and "all-reduce-scatter" in made.instruction.text
+            starts = scatter or made.instruction.name.startswith("async-collective-start")
             bodies = [made.instruction]
-            for name in made.instruction.calls("calls") if made.instruction.opcode == "fusion" else []:
+            for name in made.instruction.calls("calls") if fusion else []:
                 bodies += self._nested(name)
-            scatter = made.instruction.opcode == "fusion" and "all-reduce-scatter" in made.instruction.text
             for inner in bodies:
                 kind = inner.opcode.removesuffix("-start")
+                if kind not in COLLECTIVES:
+                    continue
                 channel = re.search(r"channel_id=(\d+)", inner.text)
-                if channel and kind in COLLECTIVES:
-                    if channel[1] in channels:
-                        continue
-                    channels.add(channel[1])
-                if kind in COLLECTIVES:
-                    kind = "reduce-scatter" if scatter and kind == "all-reduce" else kind
-                    if kind == "collective-permute" and "windowed_dot_general" in made.computation:
-                        kind = "reduce-scatter" if re.search(r"_rs\b", made.computation) else "all-gather"
-                    found.append(self._collective(kind, inner, made))
+                if fusion and channel and channel[1] in begun and not starts:
+                    continue
+                begun |= {channel[1]} if channel else set()
+                kind = "reduce-scatter" if scatter and kind == "all-reduce" else kind
+                if kind == "collective-permute" and "windowed_dot_general" in made.computation:
+                    kind = "reduce-scatter" if re.search(r"_rs\b", made.computation) else "all-gather"
+                found.append(self._collective(kind, inner, made))
         return found
 
     def _nested(self, computation: str) -> Iterator[Instruction]:

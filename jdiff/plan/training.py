@@ -1,7 +1,6 @@
 """A config's own training step compiled ahead of time for a machine that is not there, and what the compiler says of it."""
 
 import dataclasses
-import math
 import re
 import time
 from collections import defaultdict
@@ -11,7 +10,7 @@ import jax
 
 from jdiff import config as configs
 from jdiff import data, sharding, target, train, tree
-from jdiff.plan import arithmetic, kernels, topology
+from jdiff.plan import arithmetic, topology
 from jdiff.plan.program import Program
 
 GPU_SHARE = 0.4
@@ -145,7 +144,7 @@ def _compiled(setup: train.Setup, where: topology.Topology, batch: dict[str, Any
     if where.platform == "cpu":
         return plan
     assert where.chip.peak is not None and where.chip.flops_per_cycle is not None
-    of_kernels = math.ceil(sum(program.kernels.values()) / (kernels.SHARE * where.chip.flops_per_cycle))
+    of_kernels = program.kernel_cycles(where.chip.flops_per_cycle)
     cycles = program.cycles + of_kernels
     return dataclasses.replace(
         plan,
