@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from jdiff import target
 from jdiff.rows import row_axes
+from jdiff.sums import LANES, row_sum
 
 
 def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: bool = False) -> jax.Array:
@@ -42,8 +43,6 @@ MOST_SCORES = 2**20
 LEAST_KEYS = 1024
 """From as many on a TPU's attention is splash: at 256 XLA:TPU's own is estimated at less, with the gradient
 (docs/performance.md)."""
-LANES = 128
-"""Of a TPU's vector: splash's blocks are multiples of it."""
 MOST_BLOCK = 512
 
 
@@ -99,10 +98,10 @@ def _unnormalized(q_BNLK: jax.Array, k_BNSK: jax.Array, causal: bool = False) ->
 def _over_keys(p_BNLS: jax.Array, out_BNLK: jax.Array) -> jax.Array:
     """The sum of p over its keys, in out's dtype: (B, N, L, 1), or as wide as out.
 
-    A TPU adds up by a product with ones: by XLA:TPU's estimate a quarter of what it takes for a sum of 256 keys along a row.
+    A TPU adds up as in `row_sum`, but in as many columns as are divided by the sum: they need not be spread out again.
     """
     if target.platform() != "tpu":
-        return p_BNLS.sum(-1, keepdims=True).astype(out_BNLK.dtype)
+        return row_sum(p_BNLS).astype(out_BNLK.dtype)
     ones_SK = jnp.ones((p_BNLS.shape[-1], out_BNLK.shape[-1]), out_BNLK.dtype)
     return jnp.einsum("BNLS,SK->BNLK", p_BNLS.astype(out_BNLK.dtype), ones_SK)
 
@@ -125,7 +124,7 @@ def _attend_backward(saved: Any, g_BNLK: jax.Array, causal: bool = False) -> tup
     dtype, scale = q_BNLK.dtype, q_BNLK.shape[-1] ** -0.5
     p_BNLS = _unnormalized(q_BNLK, k_BNSK, causal)
     g_BNLK = g_BNLK / _over_keys(p_BNLS, out_BNLK)
-    inner_BNL1 = jnp.sum((g_BNLK * out_BNLK).astype(p_BNLS.dtype), -1, keepdims=True)
+    inner_BNL1 = row_sum(g_BNLK * out_BNLK)
     ds_BNLS = (p_BNLS * (jnp.einsum("BNLK,BNSK->BNLS", g_BNLK, v_BNSK) - inner_BNL1)).astype(dtype)
     dq_BNLK = jnp.einsum("BNLS,BNSK->BNLK", ds_BNLS, k_BNSK) * scale
     dk_BNSK = jnp.einsum("BNLS,BNLK->BNSK", ds_BNLS, q_BNLK) * scale

@@ -16,6 +16,7 @@ import numpy as np
 
 from jdiff import target, weights
 from jdiff.rows import boundary, rows_apart
+from jdiff.sums import row_sum
 
 Initializer = Callable[..., Any]
 Dtype = Any
@@ -41,6 +42,26 @@ class Dense(nn.Module):
         if self.use_bias:
             y += self.param("bias", zeros, (self.features,), jnp.float32).astype(y.dtype)
         return y
+
+
+class SplitDense(nn.Module):
+    """`Dense`, whose outputs come in equal parts: (..., in) -> `parts` of (..., features / parts).
+
+    Biases are added to the parts: XLA:TPU then adds up their gradients within the products that make those of the parts.
+    """
+
+    features: int
+    parts: int
+    kernel_init: Initializer = xavier_uniform()
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        x = x.astype(self.dtype or x.dtype)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
+        parts = weights.split_dot(rows_apart(x), kernel, self.parts)
+        return [rows_apart(y) + b for y, b in zip(parts, jnp.split(bias, self.parts), strict=True)]
 
 
 class Conv(nn.Module):
@@ -81,9 +102,33 @@ class Embed(nn.Module):
 
 def layer_norm(x_BLD: jax.Array, eps: float) -> jax.Array:
     """Normalises the last axis, without gain or bias; statistics in at least fp32; x's dtype out."""
+    if target.platform() == "tpu" and x_BLD.dtype == jnp.bfloat16:
+        y_BLD: jax.Array = _layer_norm_of_sums(x_BLD, eps)
+        return y_BLD
     x = x_BLD.astype(jnp.promote_types(x_BLD.dtype, jnp.float32))
     x = x - x.mean(-1, keepdims=True)
     return (x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)).astype(x_BLD.dtype)
+
+
+def _layer_norm_forward(x_BLD: jax.Array, eps: float) -> tuple[jax.Array, Any]:
+    mean_BL1 = row_sum(x_BLD) / x_BLD.shape[-1]
+    centred_BLD = x_BLD.astype(jnp.float32) - mean_BL1
+    squares_BLD = (centred_BLD * centred_BLD).astype(x_BLD.dtype)
+    inverse_BL1 = jax.lax.rsqrt(row_sum(squares_BLD) / x_BLD.shape[-1] + eps)
+    return (centred_BLD * inverse_BL1).astype(x_BLD.dtype), (x_BLD, mean_BL1, inverse_BL1)
+
+
+def _layer_norm_backward(eps: float, saved: Any, g_BLD: jax.Array) -> tuple[jax.Array]:
+    """With n the normalised x: dx = (g - mean(g) - n mean(g n)) / sigma. XLA:TPU makes these sums where it makes g."""
+    x_BLD, mean_BL1, inverse_BL1 = saved
+    g = g_BLD.astype(jnp.float32)
+    n = (x_BLD.astype(jnp.float32) - mean_BL1) * inverse_BL1
+    dx = (g - g.mean(-1, keepdims=True) - n * jnp.mean(g * n, -1, keepdims=True)) * inverse_BL1
+    return (dx.astype(x_BLD.dtype),)
+
+
+_layer_norm_of_sums = jax.custom_vjp(lambda x_BLD, eps: _layer_norm_forward(x_BLD, eps)[0], nondiff_argnums=(1,))
+_layer_norm_of_sums.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 @jax.custom_vjp
@@ -100,6 +145,26 @@ def _gelu_tanh_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
 
 gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_tanh_backward)
 GELU_SLOPE = math.sqrt(2 / math.pi)
+
+
+@jax.custom_vjp
+def gelu_gated(h: jax.Array, gate: jax.Array) -> jax.Array:
+    """`h * GELU(gate)`, the exact one. Its gradients are written out so that they are one pass over both."""
+    return h * (gate * _normal_share(gate))
+
+
+def _normal_share(x: jax.Array) -> jax.Array:
+    """The standard normal distribution's share below x."""
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_gated_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    h, gate = saved
+    share, density = _normal_share(gate), jnp.exp(-0.5 * gate * gate) / math.sqrt(2 * math.pi)
+    return g * (gate * share), g * h * (share + gate * density)
+
+
+gelu_gated.defvjp(lambda h, gate: (gelu_gated(h, gate), (h, gate)), _gelu_gated_backward)
 
 
 def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10_000.0, freq_shift: int = 0) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A matrix product whose gradients XLA:CPU makes with the smallest copies. Legend: I in, O out."""
+"""Matrix products, written as each compiler makes them and their gradients with the smallest copies. Legend: I in, O out."""
 
 import jax
 import jax.numpy as jnp
@@ -28,3 +28,24 @@ def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Arr
 
 
 _product.defvjp(lambda x, kernel: (jnp.dot(x, kernel), (x, kernel)), _backward)
+
+
+def split_product(x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array]:
+    """`product` in so many equal parts of O. On a TPU each part has a product of its own, and the gradients are those of one:
+    XLA:TPU copies what it splits, but not what it joins (docs/performance.md).
+    """
+    if target.platform() == "tpu":
+        split: list[jax.Array] = _split_product(x, kernel, parts)
+        return split
+    return jnp.split(product(x, kernel), parts, axis=-1)
+
+
+def _products(x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array]:
+    return [jnp.dot(x, part) for part in jnp.split(kernel, parts, axis=-1)]
+
+
+_split_product = jax.custom_vjp(_products, nondiff_argnums=(2,))
+_split_product.defvjp(
+    lambda x, kernel, parts: (_products(x, kernel, parts), (x, kernel)),
+    lambda parts, saved, gs: _backward(saved, jnp.concatenate(gs, -1)),
+)

@@ -23,7 +23,7 @@ ALIGNMENT = 64
 Table = tuple[tuple[str, str], ...]
 """Path -> how an array lies. "outputs", "inputs": a kernel's outputs or inputs are split over the tensor axis, so that of two
 products in a row the first gives each device the part that it needs for the second (arXiv:1909.08053); all but "replicate" are
-also split over fsdp, along the largest other axis that divides."""
+also split over fsdp, the first kernel along its inputs, others along the largest other axis that divides."""
 DIT: Table = (
     (r"pos_embed", "replicate"),
     (r"blocks/(attn/qkv|mlp/fc1)/.*", "outputs"),
@@ -124,7 +124,8 @@ def leaf_spec(
             )
         axes[split] = "tensor"
     if how != "replicate" and math.prod(shape) >= SMALL:
-        along = _largest(shape, axes, fsdp)
+        along = _inputs(path, shape, how, fsdp)
+        along = _largest(shape, axes, fsdp) if along is None else along
         if along is not None:
             axes[along] = "fsdp"
         if data > 1 and re.fullmatch(UNREAD, path):
@@ -135,6 +136,13 @@ def leaf_spec(
                 if first is not None:
                     axes[first] = "data"
     return PartitionSpec(*axes) if any(axes) else PartitionSpec()
+
+
+def _inputs(path: str, shape: tuple[int, ...], how: str, size: int) -> int | None:
+    """The axis of the inputs, of a kernel whose outputs are best left together: a layer may cut them in other places than
+    the devices do, and what comes back of rows lies side by side."""
+    kernel = how == "outputs" and path.rpartition("/")[2] in ("kernel", "qvalue")
+    return len(shape) - 2 if kernel and size > 1 and shape[-2] % size == 0 else None
 
 
 def _largest(shape: tuple[int, ...], axes: list[Any], size: int) -> int | None:

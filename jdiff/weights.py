@@ -1,6 +1,6 @@
 """A weight knows its own operation.
 
-A parameter leaf is an array or a small pytree that stands for one. `dot`, `conv` and `take` are the only places that ask
+A parameter leaf is an array or a small pytree that stands for one. `dot`, `split_dot`, `conv` and `take` alone ask
 which, so every model is written once: attaching LoRA or quantizing is a change of the tree, never of the model.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jdiff import qtensor, tree
 from jdiff.convolution import convolve
-from jdiff.product import product
+from jdiff.product import product, split_product
 from jdiff.qtensor import OfKernel, QTensor
 
 
@@ -89,6 +89,13 @@ def dot(x: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, qtensor.Kernel):
         return qtensor.dot(x, w)
     return product(x, w.astype(x.dtype))
+
+
+def split_dot(x: jax.Array, w: Weight, parts: int) -> list[jax.Array]:
+    """`dot` in so many equal parts of its outputs."""
+    if isinstance(w, qtensor.Kernel | LoRAWeight):
+        return jnp.split(dot(x, w), parts, axis=-1)
+    return split_product(x, w.astype(x.dtype), parts)
 
 
 def conv(x_BHWC: jax.Array, w: Weight, strides: Sequence[int] = (1, 1), padding: Any = "SAME") -> jax.Array:

@@ -1,4 +1,4 @@
-"""Group norm and nearest-neighbour enlargement: against PyTorch and against their plain forms."""
+"""Layer norm, group norm and nearest-neighbour enlargement: against PyTorch and against their plain forms."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,35 @@ import numpy as np
 import pytest
 import torch
 
-from jdiff import layers
+from jdiff import layers, sums, target
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_norm_equals_pytorch(dtype, platform):
+    """Of what is rounded to `dtype` already, to that type's own rounding, far from zero too."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(5 + 0.5 * rng.normal(size=(2, 9, 384)), jnp.float32).astype(dtype)
+    g = jnp.asarray(rng.normal(size=x.shape), jnp.float32).astype(dtype)
+    with target.compiling_for(platform):
+        found, back = jax.vjp(lambda x: layers.layer_norm(x, 1e-6), x)
+        (ours,) = back(g)
+    peer = torch.tensor(np.asarray(x.astype(jnp.float32))).double().requires_grad_()
+    expected = torch.nn.functional.layer_norm(peer, (384,), eps=1e-6)
+    expected.backward(torch.tensor(np.asarray(g.astype(jnp.float32))).double())
+    assert found.dtype == ours.dtype == dtype
+    rounding = 1e-5 if dtype == jnp.float32 else 2**-8
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.detach().numpy(), rtol=rounding, atol=rounding)
+    np.testing.assert_allclose(ours.astype(jnp.float32), peer.grad.numpy(), rtol=2 * rounding, atol=4 * rounding)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_sum_along_a_row_is_in_fp32(platform):
+    x = jnp.ones((3, 4000), jnp.bfloat16)  # in bfloat16 a sum of ones ends at 256
+    with target.compiling_for(platform):
+        found = sums.row_sum(x)
+    assert found.dtype == jnp.float32 and found.shape == (3, 1)
+    np.testing.assert_array_equal(found, 4000)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -43,3 +71,17 @@ def test_upsample_enlarges_as_pytorch_does(size):
     found = module.apply({"params": {"conv": {**params["conv"], "kernel": centre}}}, x, size)
     expected = torch.nn.functional.interpolate(torch.tensor(x).permute(0, 3, 1, 2), size=size, mode="nearest")
     np.testing.assert_array_equal(found, expected.permute(0, 2, 3, 1).numpy())
+
+
+def test_gated_gelu_equals_pytorch():
+    rng = np.random.default_rng(0)
+    h, gate, g = 3 * rng.normal(size=(3, 5, 40))
+    with jax.enable_x64(True):
+        found, back = jax.vjp(layers.gelu_gated, jnp.asarray(h), jnp.asarray(gate))
+        ours = back(jnp.asarray(g))
+    peer, peer_gate = (torch.tensor(x, requires_grad=True) for x in (h, gate))
+    expected = peer * torch.nn.functional.gelu(peer_gate)
+    expected.backward(torch.tensor(g))
+    np.testing.assert_allclose(found, expected.detach(), atol=1e-12)
+    for found, grad in zip(ours, (peer.grad, peer_gate.grad), strict=True):
+        np.testing.assert_allclose(found, grad, atol=1e-12)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdiff.product import product
+from jdiff import target
+from jdiff.product import product, split_product
 
 SHAPES = [
     ((5, 7, 12), (12, 20)),
@@ -32,6 +33,17 @@ def test_gradients_equal_autodiff(shapes):
         np.testing.assert_array_equal(found, expected)
         g = jnp.cos(jnp.arange(expected.size, dtype=expected.dtype)).reshape(expected.shape)
         for ours, theirs in zip(back(g), plain_back(g), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-13)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_product_in_parts_is_the_product_split(platform):
+    with jax.enable_x64(True), target.compiling_for(platform):
+        x, kernel, g = _arrays(((5, 7, 12), (12, 21), (5, 7, 21)))
+        found, back = jax.vjp(lambda x, kernel: split_product(x, kernel, 3), x, kernel)
+        expected, plain_back = jax.vjp(jnp.dot, x, kernel)
+        np.testing.assert_allclose(jnp.concatenate(found, -1), expected, atol=1e-13)
+        for ours, theirs in zip(back(jnp.split(g, 3, -1)), plain_back(g), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-13)
 
 

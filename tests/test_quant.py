@@ -224,12 +224,16 @@ class _Plain:
         return jnp.dot(x, w)
 
     @staticmethod
+    def split_dot(x, w, parts):
+        return jnp.split(jnp.dot(x, w), parts, axis=-1)
+
+    @staticmethod
     def conv(x, w, strides=(1, 1), padding="SAME"):
         return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _by_qwix(module, params, inputs, rules):
-    with mock.patch("jdiff.layers.weights.dot", _Plain.dot), mock.patch("jdiff.layers.weights.conv", _Plain.conv):
+    with mock.patch.multiple("jdiff.layers.weights", dot=_Plain.dot, split_dot=_Plain.split_dot, conv=_Plain.conv):
         theirs = qwix.quantize_model(module, qwix.PtqProvider(rules))
         shapes = jax.eval_shape(theirs.init, jax.random.key(0), *inputs)["params"]
         quantized = qwix.quantize_params(params, shapes)

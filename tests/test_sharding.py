@@ -63,6 +63,15 @@ def test_leaf_spec_splits_the_largest_axis_that_divides():
     assert sharding.leaf_spec("a/pos_embed", _leaf(1024, 1024), 4) == P()
 
 
+def test_a_kernel_whose_outputs_may_be_cut_is_split_along_its_inputs():
+    """A third of attention's qkv is no whole number of the outputs' eighths."""
+    for path in ("params/dit/blocks/attn/qkv/kernel", "opt_state/0/mu/dit/blocks/attn/qkv/kernel/qvalue"):
+        assert sharding.leaf_spec(path, _leaf(12, 384, 1152), 8) == P(None, "fsdp", None)
+        assert sharding.leaf_spec(path, _leaf(12, 380, 1152), 8) == P(None, None, "fsdp")  # 380 does not divide
+    assert sharding.leaf_spec("params/dit/blocks/mlp/fc2/kernel", _leaf(12, 1536, 384), 8) == P(None, "fsdp", None)
+    assert sharding.leaf_spec("params/dit/blocks/attn/proj/kernel", _leaf(12, 384, 1536), 8) == P(None, None, "fsdp")
+
+
 def test_tensor_splits_outputs_then_inputs():
     """Of two products in a row the first gives each device the part that it needs for the second."""
 

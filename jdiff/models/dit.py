@@ -20,6 +20,7 @@ from jdiff.layers import (
     Conv,
     Dense,
     Embed,
+    SplitDense,
     gelu_tanh,
     layer_norm,
     sincos_positions_2d,
@@ -52,9 +53,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         B, L, D = x_BLD.shape
-        qkv_BL3D = Dense(3 * D, dtype=self.dtype, name="qkv")(x_BLD)
+        qkv = SplitDense(3 * D, 3, dtype=self.dtype, name="qkv")(x_BLD)
         heads = (B, L, self.num_heads, D // self.num_heads)
-        q_BLNK, k_BLNK, v_BLNK = (product(y.reshape(heads)) for y in jnp.split(qkv_BL3D, 3, axis=-1))
+        q_BLNK, k_BLNK, v_BLNK = (product(y_BLD.reshape(heads)) for y_BLD in qkv)
         if self.qk_norm:
             q_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="q_norm")(q_BLNK)
             k_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="k_norm")(k_BLNK)

@@ -18,7 +18,9 @@ from jdiff.layers import (
     GroupNorm,
     LayerNorm,
     ResnetBlock,
+    SplitDense,
     Upsample,
+    gelu_gated,
     timestep_embedding,
     torch_uniform,
     zeros,
@@ -63,9 +65,8 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        h_BL2F = Dense(2 * self.hidden, kernel_init=torch_uniform, dtype=self.dtype, name="proj")(x_BLD)
-        h_BLF, gate_BLF = jnp.split(h_BL2F, 2, axis=-1)
-        return h_BLF * nn.gelu(gate_BLF, approximate=False)
+        proj = SplitDense(2 * self.hidden, 2, kernel_init=torch_uniform, dtype=self.dtype, name="proj")
+        return gelu_gated(*proj(x_BLD))
 
 
 class FeedForward(nn.Module):
