@@ -4,8 +4,11 @@
     python tools/bench.py sd [--batch 2] [--rounds 5] [--only unet,vae]
     python tools/bench.py lora [--batch 2] [--rounds 5] [--only full,step]
     python tools/bench.py int8 [--batch 8] [--rounds 5] [--only w8a8,w8,tpu]
-    python tools/bench.py growth [--rounds 3] [--only image_size,depth,width,batch,devices]
+    python tools/bench.py growth [--rounds 3] [--only image_size,depth,width,batch,devices] [--plot FILE]
     python tools/bench.py data [--source imagefolder --path FOLDER] [--batch 64] [--step-ms 100]
+    python tools/bench.py convert [--model DiT-XL/2] [--rounds 3] [--only load,rewrite,formats]
+    python tools/bench.py compile [--model DiT-XL/2] [--only command,step]
+    python tools/bench.py tpu [--only dit,unet]
 
 Each case makes both sides from one set of random weights, asserts that they compute the same, warms both up, each in a process
 of its own, and then runs them in turn (A B A B ...), so that whatever else the machine does falls on both. One JSON line a case
@@ -29,7 +32,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import jax
-from benchmarks import data, dit, growth, int8, lora, record, sd
+from benchmarks import conversion, data, dit, growth, int8, lora, record, sd, start, tpu
 from benchmarks.timing import Row
 
 from jdiff import runtime
@@ -65,6 +68,7 @@ def report(rows: list[Row]) -> None:
         "quicker",
         "growth",
         "memory_share",
+        "mfu",
         "waits",
         "others",
     )
@@ -83,6 +87,9 @@ CASES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "int8": int8.int8,
     "growth": growth.growth,
     "data": data.data,
+    "convert": conversion.conversions,
+    "compile": start.start,
+    "tpu": tpu.tpu,
 }
 
 
@@ -93,16 +100,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="append the lines to this file")
     parser.add_argument("--check", metavar="FILE", help="fail where a ratio falls behind those that --json wrote there")
+    parser.add_argument("--plot", metavar="FILE", help="growth: a picture of it")
     parser.add_argument("--only", default="", help="some of a case's parts, by comma")
     parser.add_argument("--model", default="DiT-S/2")
     parser.add_argument("--tpu-model", default="DiT-XL/2", help="int8: what is compiled for a v5e, where libtpu is")
     parser.add_argument("--steps", type=int, default=10, help="dit: DDIM steps")
     parser.add_argument("--source", default="openmoji")
-    parser.add_argument("--path", help="data: the source's folder")
+    parser.add_argument("--path", help="data: the source's folder; convert: where there is room for a model")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--step-ms", type=float, default=100.0)
     args = parser.parse_args()
+    if args.plot and args.case != "growth":
+        parser.error("--plot draws growth alone")
     args.batch = args.batch or {"sd": 2, "lora": 2}.get(args.case, 8)
     # as launch.py does on a CPU, and tools/sample.py
     least = 1 if args.case in ("sd", "int8") else runtime.LEAST_ROWS
@@ -119,6 +129,8 @@ def main() -> None:
         with open(args.json, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
     report(rows)
+    if args.plot:
+        growth.plot(rows, args.plot)
     if args.check:
         with open(args.check) as file:
             recorded = [json.loads(line) for line in file]

@@ -9,6 +9,7 @@ import jdiff
 from benchmarks import dit
 from benchmarks.timing import Call, Row, turns
 from jdiff import runtime
+from jdiff.report import new_figure
 
 BASE = {"image_size": 32, "depth": 12, "width": 384, "batch": 4}
 SWEEPS: dict[str, tuple[int, ...]] = {
@@ -43,6 +44,27 @@ def _grown(rows: list[Row]) -> list[Row]:
         ideal = row["gflop_a_device"] / first["gflop_a_device"]
         row["growth"] = round(row["jdiff_min_ms"] / first["jdiff_min_ms"] / ideal, 3)
     return rows
+
+
+def plot(rows: list[Row], file: str) -> None:
+    """Draws each sweep's least time and peak memory, the time beside its first one's grown as the FLOPs."""
+    sweeps: dict[str, list[Row]] = {}
+    for row in rows:
+        sweeps.setdefault(row["case"].split()[1], []).append(row)
+    figure = new_figure(4 * len(sweeps), 6)
+    axes = figure.subplots(2, len(sweeps), squeeze=False)
+    for (name, found), (above, below) in zip(sweeps.items(), axes.T, strict=True):
+        values = [int(row["case"].split()[2].rstrip(",")) for row in found]
+        if name == "image_size":
+            name, values = "tokens", [(size // 2) ** 2 for size in values]
+        work, times = [row["gflop_a_device"] for row in found], [row["jdiff_min_ms"] / 1e3 for row in found]
+        above.plot(values, [times[0] * each / work[0] for each in work], "--", color="gray", label="as the FLOPs")
+        above.plot(values, times, "o-", label="measured")
+        below.plot(values, [row["jdiff_rss_mib"] / 1024 for row in found], "o-")
+        above.set(title=name, ylabel="s a step", xticks=values, ylim=0)
+        below.set(xlabel=name, ylabel="peak GiB", xticks=values, ylim=0)
+        above.legend()
+    figure.savefig(file, dpi=80)
 
 
 def _on(devices: int, args: argparse.Namespace) -> argparse.Namespace:
