@@ -101,7 +101,10 @@ class Embed(nn.Module):
 
 
 def layer_norm(x_BLD: jax.Array, eps: float) -> jax.Array:
-    """Normalises the last axis, without gain or bias; statistics in at least fp32; x's dtype out."""
+    """Normalises the last axis, without gain or bias; statistics in at least fp32; x's dtype out.
+
+    On a TPU they are sums in fp32 of what is rounded to bfloat16, where x is (`sums.row_sum`).
+    """
     if target.platform() == "tpu" and x_BLD.dtype == jnp.bfloat16:
         y_BLD: jax.Array = _layer_norm_of_sums(x_BLD, eps)
         return y_BLD
