@@ -22,16 +22,19 @@ ALIGNMENT = 64
 
 Table = tuple[tuple[str, str], ...]
 """Path -> how an array lies. "outputs", "inputs": a kernel's outputs or inputs are split over the tensor axis, so that of two
-products in a row the first gives each device the part that it needs for the second (arXiv:1909.08053); all but "replicate" are
-also split over fsdp, the first kernel along its inputs, others along the largest other axis that divides."""
+products in a row the first gives each device the part that it needs for the second (arXiv:1909.08053). "parts": likewise, of a
+layer that cuts its outputs. All but "replicate" are also split over fsdp, a kernel of parts along its inputs, others along the
+largest other axis that divides."""
 DIT: Table = (
     (r"pos_embed", "replicate"),
-    (r"blocks/(attn/qkv|mlp/fc1)/.*", "outputs"),
+    (r"blocks/attn/qkv/.*", "parts"),
+    (r"blocks/mlp/fc1/.*", "outputs"),
     (r"adaLN_modulation/.*", "outputs"),  # a third of the weights; what comes out is one row a sample, quickly gathered
     (r"blocks/(attn/proj|mlp/fc2)/.*", "inputs"),
 )
 UNET: Table = (
-    (r".*/(to_[qkv]|ff/net_0/proj|resnets_\d+/conv1|resnets_\d+/time_emb_proj)/.*", "outputs"),
+    (r".*/ff/net_0/proj/.*", "parts"),
+    (r".*/(to_[qkv]|resnets_\d+/conv1|resnets_\d+/time_emb_proj)/.*", "outputs"),
     (r".*/(to_out_0|ff/net_2|resnets_\d+/conv2)/.*", "inputs"),
 )
 VAE: Table = (
@@ -53,10 +56,8 @@ RULES: Table = (
 UNREAD = r"(opt_state|ema_params)/.*"
 """Of a training state: what no pass through the model reads. It is split over data as well, so that of devices with the same
 parameters each updates a part of them and passes it on (arXiv:2004.13336)."""
-SPLIT_AXIS = {
-    "outputs": {"kernel": -1, "bias": -1, "qvalue": -1, "scale": -1, "b": -1, "magnitude": -1},
-    "inputs": {"kernel": -2, "qvalue": -2, "a": -2},
-}
+_OUTPUTS = {"kernel": -1, "bias": -1, "qvalue": -1, "scale": -1, "b": -1, "magnitude": -1}
+SPLIT_AXIS = {"outputs": _OUTPUTS, "parts": _OUTPUTS, "inputs": {"kernel": -2, "qvalue": -2, "a": -2}}
 """Which axis of an array is split over tensor, by the last word of its path; what is not named here is not."""
 
 
@@ -139,9 +140,8 @@ def leaf_spec(
 
 
 def _inputs(path: str, shape: tuple[int, ...], how: str, size: int) -> int | None:
-    """The axis of the inputs, of a kernel whose outputs are best left together: a layer may cut them in other places than
-    the devices do, and what comes back of rows lies side by side."""
-    kernel = how == "outputs" and path.rpartition("/")[2] in ("kernel", "qvalue")
+    """The axis of the inputs, of a kernel whose layer cuts its outputs in other places than the devices would."""
+    kernel = how == "parts" and path.rpartition("/")[2] in ("kernel", "qvalue")
     return len(shape) - 2 if kernel and size > 1 and shape[-2] % size == 0 else None
 
 

@@ -419,14 +419,14 @@ def scattered_as(mesh):
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("machine", "fsdp", "batch", "kind"),
+    ("machine", "fsdp", "batch", "kind", "rest"),
     [
-        ("v5e:4x4", 8, 256, "reduce-scatter"),
-        ("v5e:4x4", 16, 256, "all-reduce"),
-        ("v5e:16x16", 16, 4096, "reduce-scatter"),
+        ("v5e:4x4", 8, 256, "reduce-scatter", 0.015),  # of 1152 rows eighths are no whole tiles: some are passed on
+        ("v5e:4x4", 16, 256, "all-reduce", 0.01),
+        ("v5e:16x16", 16, 4096, "reduce-scatter", 0.01),
     ],
 )
-def test_fsdp_of_dit_xl_on_a_v5e_moves_what_it_must(machine, fsdp, batch, kind):
+def test_fsdp_of_dit_xl_on_a_v5e_moves_what_it_must(machine, fsdp, batch, kind, rest):
     """DiT-XL/2: kernels are gathered and gradients scattered, of the ideal sizes, and activations stay. A sum that is scattered
     has the form that XLA:TPU gives to an explicit `psum_scatter` over the same axis; its parts are then summed over data."""
     mesh = sharding.make_mesh(-1, fsdp, 1, topology.devices(topology.parse(machine)))
@@ -441,6 +441,6 @@ def test_fsdp_of_dit_xl_on_a_v5e_moves_what_it_must(machine, fsdp, batch, kind):
     over_data = ideal["reduce-scatter"] / (fsdp + 1) if mesh.shape["data"] > 1 else 0  # of each device's part
     assert moved[kind] == pytest.approx(ideal["reduce-scatter"] - over_data, rel=0.1)
     others = sum(size for other, size in moved.items() if other not in (kind, "all-gather"))
-    assert others < over_data + 0.01 * moved["all-gather"]
+    assert others < over_data + rest * moved["all-gather"]
     whole = 4 * made.parameters
     assert made.state["parameters"] < 1.05 * whole / fsdp and made.temporary < 8 * 2**30 and made.fits
