@@ -162,7 +162,8 @@ class Program:
                 channel = re.search(r"channel_id=(\d+)", inner.text)
                 if fusion and channel and channel[1] in begun and not starts:
                     continue
-                begun |= {channel[1]} if channel else set()
+                if channel:
+                    begun.add(channel[1])
                 kind = "reduce-scatter" if scatter and kind == "all-reduce" else kind
                 if kind == "collective-permute" and "windowed_dot_general" in made.computation:
                     kind = "reduce-scatter" if re.search(r"_rs\b", made.computation) else "all-gather"

@@ -30,7 +30,6 @@ def conversions(args: argparse.Namespace) -> Iterator[Row]:
         convert.write(bundle, Path(made, FOLDER), "diffusers")
         convert.write(bundle, Path(made, FILE), "dit")
         del bundle
-        rounds = min(args.rounds, 5)
         parts = {
             "load": (load, torch_load, check_load),
             "rewrite": (partial(rewrite, FOLDER, "diffusers"), torch_rewrite, check_load),
@@ -38,10 +37,10 @@ def conversions(args: argparse.Namespace) -> Iterator[Row]:
         asked = args.only.split(",") if args.only else [*parts, "formats"]
         for name, (ours, theirs, check) in parts.items():
             if name in asked:
-                yield beside_torch(f"{args.model} {name}", ours, theirs, check, at, rounds)
+                yield beside_torch(f"{args.model} {name}", ours, theirs, check, at, args.rounds)
         if "formats" in asked:
             for source, to in ((FILE, "diffusers"), (FOLDER, "dit")):
-                row = turns({"jdiff": partial(rewrite, source, to)}, at, rounds)
+                row = turns({"jdiff": partial(rewrite, source, to)}, at, args.rounds)
                 yield {"case": f"{args.model} {source} to {to}", **row}
 
 
