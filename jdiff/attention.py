@@ -4,6 +4,7 @@ Shapes: B batch, L queries, S keys, N heads, K head dim.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -85,14 +86,25 @@ def _splash_of_one(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> j
     return jnp.swapaxes(jax.vmap(kernel)(q_BNLK, k_BNSK, v_BNSK), 1, 2)
 
 
-def _unnormalized(q_BNLK: jax.Array, k_BNSK: jax.Array, causal: bool = False) -> jax.Array:
-    """exp(scores - max), at least fp32."""
+MANY_KEYS = 384
+"""From as many on a CPU saves the log-sum-exp: with 256 that costs XLA:CPU its one pass over the scores, forward and gradient of
+DiT-S/2 at batch 8 taking 33 ms a layer for 23; with 400 it has none to lose (docs/performance.md)."""
+
+
+def _saves_log_sum(q_BNLK: jax.Array, k_BNSK: jax.Array, causal: bool) -> bool:
+    whole = q_BNLK.dtype in (jnp.float32, jnp.float64)  # a column of a product must not round it
+    return target.platform() == "cpu" and k_BNSK.shape[2] >= MANY_KEYS and whole and not causal
+
+
+def _unnormalized(q_BNLK: jax.Array, k_BNSK: jax.Array, causal: bool = False) -> tuple[jax.Array, jax.Array]:
+    """exp(scores - max) and the max over keys, at least fp32."""
     scores_BNLS = jnp.einsum("BNLK,BNSK->BNLS", q_BNLK * (q_BNLK.shape[-1] ** -0.5), k_BNSK)
     scores_BNLS = scores_BNLS.astype(jnp.promote_types(scores_BNLS.dtype, jnp.float32))
     if causal:
         seen_LS = jnp.tril(jnp.ones(scores_BNLS.shape[-2:], bool))
         scores_BNLS = jnp.where(seen_LS, scores_BNLS, -jnp.inf)
-    return jnp.exp(scores_BNLS - scores_BNLS.max(-1, keepdims=True))
+    max_BNL1 = scores_BNLS.max(-1, keepdims=True)
+    return jnp.exp(scores_BNLS - max_BNL1), max_BNL1
 
 
 def _over_keys(p_BNLS: jax.Array, out_BNLK: jax.Array) -> jax.Array:
@@ -106,23 +118,35 @@ def _over_keys(p_BNLS: jax.Array, out_BNLK: jax.Array) -> jax.Array:
     return jnp.einsum("BNLS,SK->BNLK", p_BNLS.astype(out_BNLK.dtype), ones_SK)
 
 
-def _attend(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool = False) -> jax.Array:
-    """The normalisation comes after the second product, where it touches the fewest numbers."""
-    p_BNLS = _unnormalized(q_BNLK, k_BNSK, causal)
+def _attend(
+    q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """The output, and the log-sum-exp of the scores (B, N, L, 1) where the gradient is to have it.
+
+    The normalisation comes after the second product, where it touches the fewest numbers.
+    """
+    p_BNLS, max_BNL1 = _unnormalized(q_BNLK, k_BNSK, causal)
     out_BNLK = jnp.einsum("BNLS,BNSK->BNLK", p_BNLS.astype(q_BNLK.dtype), v_BNSK)
-    return out_BNLK / _over_keys(p_BNLS, out_BNLK)
+    sums = _over_keys(p_BNLS, out_BNLK)
+    log_sum_BNL1 = max_BNL1 + jnp.log(sums) if _saves_log_sum(q_BNLK, k_BNSK, causal) else None
+    return out_BNLK / sums, log_sum_BNL1
 
 
 def _attend_backward(saved: Any, g_BNLK: jax.Array, causal: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """FlashAttention's gradient (arXiv:2205.14135): probabilities are made again from the scores, and the softmax's inner
     product is that of `out` and its cotangent.
 
-    Saving the log-sum-exp would spare little and cost XLA:CPU its one-pass attention: at DiT-S/2, b8, on 2 cores,
-    forward and gradient take 23 ms a layer so, 33 ms with it, 35 ms by autodiff.
+    Where the log-sum-exp is saved, keys are the rows of what is made: two of the three products over it then take it as it lies.
     """
-    q_BNLK, k_BNSK, v_BNSK, out_BNLK = saved
+    q_BNLK, k_BNSK, v_BNSK, out_BNLK, log_sum_BNL1 = saved
     dtype, scale = q_BNLK.dtype, q_BNLK.shape[-1] ** -0.5
-    p_BNLS = _unnormalized(q_BNLK, k_BNSK, causal)
+    if log_sum_BNL1 is not None:
+        p_BNSL = jnp.exp(_less(k_BNSK, q_BNLK * scale, log_sum_BNL1))
+        ds_BNSL = p_BNSL * _less(v_BNSK, g_BNLK, row_sum(g_BNLK * out_BNLK))
+        dq_BNLK = jnp.einsum("BNSL,BNSK->BNLK", ds_BNSL, k_BNSK) * scale
+        dk_BNSK = jnp.einsum("BNSL,BNLK->BNSK", ds_BNSL, q_BNLK) * scale
+        return dq_BNLK, dk_BNSK, jnp.einsum("BNSL,BNLK->BNSK", p_BNSL, g_BNLK)
+    p_BNLS, _ = _unnormalized(q_BNLK, k_BNSK, causal)
     g_BNLK = g_BNLK / _over_keys(p_BNLS, out_BNLK)
     inner_BNL1 = row_sum(g_BNLK * out_BNLK)
     ds_BNLS = (p_BNLS * (jnp.einsum("BNLK,BNSK->BNLS", g_BNLK, v_BNSK) - inner_BNL1)).astype(dtype)
@@ -131,35 +155,49 @@ def _attend_backward(saved: Any, g_BNLK: jax.Array, causal: bool = False) -> tup
     return dq_BNLK, dk_BNSK, jnp.einsum("BNLS,BNLK->BNSK", p_BNLS.astype(dtype), g_BNLK)
 
 
-def _in_chunks(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool, chunks: int) -> jax.Array:
+def _less(x_BNSK: jax.Array, y_BNLK: jax.Array, of_BNL1: jax.Array) -> jax.Array:
+    """x y^T less one number for each row of y, as one more column of the product: no pass over what comes out."""
+    ones_BNS1 = jnp.ones_like(x_BNSK[..., :1])
+    wide = jnp.concatenate([x_BNSK, ones_BNS1], -1), jnp.concatenate([y_BNLK, -of_BNL1], -1)
+    return jnp.einsum("BNSK,BNLK->BNSL", *wide)
+
+
+def _in_chunks(
+    q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool, chunks: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """`_attend`'s, over so many equal chunks of the queries in turn."""
     if chunks == 1:
         return _attend(q_BNLK, k_BNSK, v_BNSK, causal)
-    return _joined(jax.lax.map(lambda q: _attend(q, k_BNSK, v_BNSK), _split(q_BNLK, chunks)))
+    made = jax.lax.map(lambda q: _attend(q, k_BNSK, v_BNSK), _split(q_BNLK, chunks))
+    return jax.tree.map(_joined, made)
 
 
-_attention = jax.custom_vjp(_in_chunks, nondiff_argnums=(3, 4))
+_attention = jax.custom_vjp(lambda *args: _in_chunks(*args)[0], nondiff_argnums=(3, 4))
 
 
 def _forward(
     q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool, chunks: int
 ) -> tuple[jax.Array, Any]:
-    out_BNLK = checkpoint_name(_in_chunks(q_BNLK, k_BNSK, v_BNSK, causal, chunks), "attention")
-    return out_BNLK, (q_BNLK, k_BNSK, v_BNSK, out_BNLK)
+    out_BNLK, log_sum_BNL1 = jax.tree.map(
+        partial(checkpoint_name, name="attention"), _in_chunks(q_BNLK, k_BNSK, v_BNSK, causal, chunks)
+    )
+    return out_BNLK, (q_BNLK, k_BNSK, v_BNSK, out_BNLK, log_sum_BNL1)
 
 
 def _backward(causal: bool, chunks: int, saved: Any, g_BNLK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys' and values' gradients add up over the chunks."""
     if chunks == 1:
         return _attend_backward(saved, g_BNLK, causal)
-    q_BNLK, k_BNSK, v_BNSK, out_BNLK = saved
+    q_BNLK, k_BNSK, v_BNSK, out_BNLK, log_sum_BNL1 = saved
 
     def body(sums: tuple[jax.Array, jax.Array], chunk: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        q, out, g = chunk
-        dq, dk, dv = _attend_backward((q, k_BNSK, v_BNSK, out), g)
+        q, out, log_sum, g = chunk
+        dq, dk, dv = _attend_backward((q, k_BNSK, v_BNSK, out, log_sum), g)
         return (sums[0] + dk, sums[1] + dv), dq
 
     zeros = (jnp.zeros_like(k_BNSK), jnp.zeros_like(v_BNSK))
-    (dk_BNSK, dv_BNSK), dq = jax.lax.scan(body, zeros, tuple(_split(x, chunks) for x in (q_BNLK, out_BNLK, g_BNLK)))
+    of_queries = jax.tree.map(partial(_split, chunks=chunks), (q_BNLK, out_BNLK, log_sum_BNL1, g_BNLK))
+    (dk_BNSK, dv_BNSK), dq = jax.lax.scan(body, zeros, of_queries)
     return _joined(dq), dk_BNSK, dv_BNSK
 
 

@@ -29,7 +29,14 @@ def torch_attention(q, k, v, causal=False):
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize(
     ("L", "S", "causal", "most"),
-    [(7, 7, False, 2**20), (7, 7, True, 2**20), (50, 33, False, 200), (64, 64, False, 1024), (5, 1000, False, 1000)],
+    [
+        (7, 7, False, 2**20),
+        (7, 7, True, 2**20),
+        (50, 33, False, 200),
+        (64, 64, False, 1024),
+        (5, 1000, False, 1000),
+        (500, 400, False, 50_000),
+    ],
 )
 def test_attention_and_its_gradient_equal_pytorch(monkeypatch, L, S, causal, most, platform):
     monkeypatch.setattr(attention, "MOST_SCORES", most)
