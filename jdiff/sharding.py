@@ -24,7 +24,7 @@ Table = tuple[tuple[str, str], ...]
 """Path -> how an array lies. "outputs", "inputs": a kernel's outputs or inputs are split over the tensor axis, so that of two
 products in a row the first gives each device the part that it needs for the second (arXiv:1909.08053). "parts": likewise, of a
 layer that cuts its outputs. All but "replicate" are also split over fsdp, a kernel of parts along its inputs, others along the
-largest other axis that divides."""
+largest other axis that divides; the bias of parts is not: its pieces would lie across the devices' and be passed on one by one."""
 DIT: Table = (
     (r"pos_embed", "replicate"),
     (r"blocks/attn/qkv/.*", "parts"),
@@ -124,7 +124,7 @@ def leaf_spec(
                 f"the nearest that do are {' and '.join(map(str, nearest_divisors(shape[split], tensor)))}"
             )
         axes[split] = "tensor"
-    if how != "replicate" and math.prod(shape) >= SMALL:
+    if _goes_over_fsdp(path, shape, how):
         along = _inputs(path, shape, how, fsdp)
         along = _largest(shape, axes, fsdp) if along is None else along
         if along is not None:
@@ -137,6 +137,12 @@ def leaf_spec(
                 if first is not None:
                     axes[first] = "data"
     return PartitionSpec(*axes) if any(axes) else PartitionSpec()
+
+
+def _goes_over_fsdp(path: str, shape: tuple[int, ...], how: str) -> bool:
+    """Whether an array is to be split over fsdp, along an axis that divides."""
+    whole = how == "replicate" or (how == "parts" and path.endswith("/bias"))
+    return not whole and math.prod(shape) >= SMALL
 
 
 def _inputs(path: str, shape: tuple[int, ...], how: str, size: int) -> int | None:
@@ -177,8 +183,8 @@ def unsplit(mesh: Mesh, state: Any, rules: tree.Rules[str] = RULES) -> list[str]
     return [
         f"{path} {tree.describe(leaf)}"
         for path, leaf in tree.flatten(state).items()
-        if mesh.shape["fsdp"] > 1 and math.prod(leaf.shape) >= SMALL
-        if tree.match(rules, path) != "replicate" and "fsdp" not in where[path].spec
+        if mesh.shape["fsdp"] > 1 and _goes_over_fsdp(path, leaf.shape, tree.match(rules, path))
+        if "fsdp" not in where[path].spec
     ]
 
 

@@ -71,6 +71,15 @@ def test_a_kernel_whose_outputs_may_be_cut_is_split_along_its_inputs():
     assert sharding.leaf_spec("params/dit/blocks/mlp/fc1/kernel", _leaf(12, 384, 1536), 8) == P(None, None, "fsdp")
 
 
+def test_a_bias_that_is_cut_lies_whole_on_every_device():
+    """Its thirds would lie across the devices' pieces, and each piece be passed on by itself."""
+    state = {"params": {"dit": {"blocks": {"attn": {"qkv": {"bias": _leaf(28, 3456)}}}}}}
+    mesh = sharding.make_mesh(1, 8)
+    assert sharding.shardings(mesh, state)["params"]["dit"]["blocks"]["attn"]["qkv"]["bias"].spec == P()
+    assert sharding.unsplit(mesh, state) == []  # which names what is whole by chance
+    assert sharding.leaf_spec("params/dit/blocks/attn/qkv/bias", _leaf(28, 3456), 4, tensor=2) == P(None, "tensor")
+
+
 def test_tensor_splits_outputs_then_inputs():
     """Of two products in a row the first gives each device the part that it needs for the second."""
 
