@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jdiff import target
 from jdiff.convolution import convolve, has_integers
 from jdiff.product import product
 
@@ -218,6 +219,16 @@ def dequantize(w: QTensor, dtype: Any = jnp.float32) -> jax.Array:
 def dot(x: jax.Array, w: Kernel) -> jax.Array:
     """`x (..., C) @ w (C, D)` in x's dtype; activations are rounded by a scale a token."""
     return _product(None, x, w)
+
+
+def split_dot(x: jax.Array, w: Kernel, parts: int) -> list[jax.Array]:
+    """`dot` in so many equal parts of D. On a TPU each part has a product of its own, as in `product.split_product`; what
+    comes in is rounded once for all."""
+    if not isinstance(w, QTensor) or target.platform() != "tpu":
+        return jnp.split(dot(x, w), parts, axis=-1)
+    cut = partial(jnp.split, indices_or_sections=parts, axis=-1)
+    columns = zip(cut(w.qvalue), cut(w.scale), strict=True)
+    return [dot(x, dataclasses.replace(w, qvalue=qvalue, scale=scale)) for qvalue, scale in columns]
 
 
 def conv(x_BHWC: jax.Array, w: Kernel, strides: Sequence[int], padding: Any) -> jax.Array:

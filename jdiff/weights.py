@@ -93,8 +93,10 @@ def dot(x: jax.Array, w: Weight) -> jax.Array:
 
 def split_dot(x: jax.Array, w: Weight, parts: int) -> list[jax.Array]:
     """`dot` in so many equal parts of its outputs."""
-    if isinstance(w, qtensor.Kernel | LoRAWeight):
+    if isinstance(w, LoRAWeight):
         return jnp.split(dot(x, w), parts, axis=-1)
+    if isinstance(w, qtensor.Kernel):
+        return qtensor.split_dot(x, w, parts)
     return split_product(x, w.astype(x.dtype), parts)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdiff import convolution, layers, qtensor, weights
+from jdiff import convolution, layers, qtensor, target, weights
 from jdiff.qtensor import QTensor, Rounded, Scheme
 
 W8, W8A8, W4 = Scheme(), Scheme(integer=True), Scheme(bits=4, group=8)
@@ -140,6 +140,22 @@ def test_weight_only_products(scheme, where):
     ids = jnp.asarray([[0, 23], [8, 8]])
     if where == "dense":
         np.testing.assert_allclose(weights.take(w, ids, jnp.float32), _float64(w)[ids], rtol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_product_in_parts_is_the_product_split(scheme, platform):
+    """With its gradient, and on a TPU with activations rounded once."""
+    w, x = qtensor.quantize(_normal(24, 21), scheme), jnp.asarray(_normal(5, 24))
+    split = lambda x: weights.split_dot(x, w, 3)  # noqa: E731
+    with target.compiling_for(platform):
+        parts, back = jax.vjp(split, x)
+        whole, whole_back = jax.vjp(lambda x: weights.dot(x, w), x)
+        rounded = jax.jit(split).lower(x).compile().as_text().count(" round-nearest-even(")
+    np.testing.assert_allclose(jnp.concatenate(parts, -1), whole, rtol=1e-6, atol=1e-6)
+    g = jnp.asarray(_normal(5, 21, seed=1))
+    np.testing.assert_allclose(back(jnp.split(g, 3, -1))[0], whole_back(g)[0], rtol=1e-5, atol=1e-5)
+    assert rounded == scheme.integer
 
 
 def test_without_integer_convolutions_activations_stay_as_they_are(monkeypatch):
