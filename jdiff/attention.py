@@ -45,6 +45,9 @@ LEAST_KEYS = 1024
 """From as many on a TPU's attention is splash: at 256 XLA:TPU's own is estimated at less, with the gradient
 (docs/performance.md)."""
 MOST_BLOCK = 512
+MOST_KEYS = 4096
+"""Of bfloat16 heads up to 64 wide, and fewer of larger ones: as many as lie in a TPU's vector memory with their gradients. Queries
+have a gradient by each so many keys, which are added up."""
 
 
 def _splash_takes(q_BLNK: jax.Array, k_BSNK: jax.Array) -> bool:
@@ -68,15 +71,28 @@ def _splash(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Arra
     )
 
 
+def _largest_divisor(length: int, most: int, of: int) -> int:
+    """The largest multiple of `of`, up to `most`, that divides length."""
+    return next(n for n in range(most // of * of, 0, -of) if length % n == 0)
+
+
 def _splash_of_one(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array:
     """On one device."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     (L, N, K), S = q_BLNK.shape[1:], k_BSNK.shape[1]
-    block = lambda length: next(n for n in range(MOST_BLOCK, 0, -LANES) if length % n == 0)  # noqa: E731
-    q, k = block(L), block(S)
+    q, k = (_largest_divisor(length, MOST_BLOCK, LANES) for length in (L, S))
+    size = math.ceil(q_BLNK.dtype.itemsize / 2)
+    tokens_last = splash_attention_kernel.QKVLayout.SEQ_MINOR  # a head's 40 numbers are padded to 128 where they are
     blocks = splash_attention_kernel.BlockSizes(
-        block_q=q, block_kv=k, block_q_dkv=q, block_kv_dkv=k, block_q_dq=q, block_kv_dq=k
+        block_q=q,
+        block_kv=k,
+        block_q_dkv=q,
+        block_kv_dkv=_largest_divisor(S, max(k, MOST_KEYS // (math.ceil(K / 64) * size)), k),
+        block_kv_dkv_compute=k,
+        use_fused_bwd_kernel=True,  # which makes the scores once, not twice
+        k_layout=tokens_last,
+        v_layout=tokens_last,
     )
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((L, S))] * N)
     kernel: Any = splash_attention_kernel.make_splash_mha_single_device(

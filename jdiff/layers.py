@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import target, weights
+from jdiff.product import written
 from jdiff.rows import boundary, rows_apart
 from jdiff.sums import row_sum
 
@@ -27,17 +28,23 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Dense(nn.Module):
-    """Affine map of the last axis: (..., in) -> (..., features)."""
+    """Affine map of the last axis: (..., in) -> (..., features).
+
+    follows: x is made of another product, element by element: see `product.written`. Integer kernels see to it themselves.
+    """
 
     features: int
     use_bias: bool = True
     kernel_init: Initializer = xavier_uniform()
     dtype: Dtype | None = None
+    follows: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype or x.dtype)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        if self.follows and not weights.is_weight(kernel):
+            x = written(x)
         y = rows_apart(weights.dot(rows_apart(x), kernel))
         if self.use_bias:
             y += self.param("bias", zeros, (self.features,), jnp.float32).astype(y.dtype)
@@ -137,17 +144,20 @@ _layer_norm_of_sums.defvjp(_layer_norm_forward, _layer_norm_backward)
 @jax.custom_vjp
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """GELU, tanh-approximated (arXiv:1606.08415). Its gradient is written out so that it is one pass over x."""
-    return 0.5 * x * (1 + jnp.tanh(GELU_SLOPE * (x + 0.044715 * x**3)))
+    half = 0.5 * x
+    return half + half * jnp.tanh(x * (GELU_SLOPE + GELU_CUBIC * (x * x)))
 
 
 def _gelu_tanh_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    tanh = jnp.tanh(GELU_SLOPE * (x + 0.044715 * x**3))
-    slope = GELU_SLOPE * (1 + 3 * 0.044715 * x**2)
-    return (g * 0.5 * (1 + tanh + x * (1 - tanh**2) * slope),)
+    square = x * x
+    tanh = jnp.tanh(x * (GELU_SLOPE + GELU_CUBIC * square))
+    slope = GELU_SLOPE + 3 * GELU_CUBIC * square
+    return (g * (0.5 + 0.5 * (tanh + x * (1 - tanh * tanh) * slope)),)
 
 
 gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_tanh_backward)
 GELU_SLOPE = math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715 * GELU_SLOPE
 
 
 @jax.custom_vjp

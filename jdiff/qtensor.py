@@ -20,7 +20,7 @@ from jax import lax
 
 from jdiff import target
 from jdiff.convolution import convolve, has_integers
-from jdiff.product import product
+from jdiff.product import product, written
 
 Window: TypeAlias = tuple[tuple[int, ...], Any] | None
 """Strides and padding of a convolution; None for a matrix product."""
@@ -299,6 +299,7 @@ def integer_parts(
     for row, size in enumerate(_parts(w)):
         part, axes = x[..., start : start + size], (-1,) if window is None else (1, 2, 3)
         x_s8, step = round_activations(part, axes, None if w.step is None else w.step[row])
+        x_s8 = written(x_s8)
         yield x_s8, step, _accumulate(window, x_s8, qvalue[..., start : start + size, :]), scale[row]
         start += size
 

@@ -61,10 +61,14 @@ def test_attention_of_large_pictures_fits(tokens):
     assert memory.temp_size_in_bytes < 150 * 2**20
 
 
-@pytest.mark.parametrize(("L", "S", "K", "mesh"), [(1024, 1024, 40, None), (128, 1152, 72, (2, 1, 2))])
-def test_splash_equals_pytorch(monkeypatch, L, S, K, mesh):
-    """Interpreted, since no TPU is at hand: alone, and each device of a mesh with its rows and heads. 1152 keys are no multiple of
-    the largest block."""
+@pytest.mark.parametrize(
+    ("L", "S", "K", "mesh", "most"),
+    [(1024, 1024, 40, None, 4096), (128, 1152, 72, (2, 1, 2), 4096), (128, 1536, 40, None, 512)],
+)
+def test_splash_equals_pytorch(monkeypatch, L, S, K, mesh, most):
+    """Interpreted, since no TPU is at hand: alone, each device of a mesh with its rows and heads, and with gradients of queries by
+    some keys each. 1152 keys are no multiple of the largest block."""
+    monkeypatch.setattr(attention, "MOST_KEYS", most)
     interpreted = partial(splash.make_splash_mha_single_device, interpret=True)
     monkeypatch.setattr(splash, "make_splash_mha_single_device", interpreted)
     inputs = qkv(L, S, N=2, K=K)

@@ -72,7 +72,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         h_BLF = product(Dense(self.hidden, dtype=self.dtype, name="fc1")(x_BLD))
-        return product(Dense(x_BLD.shape[-1], dtype=self.dtype, name="fc2")(gelu_tanh(h_BLF)))
+        return product(Dense(x_BLD.shape[-1], dtype=self.dtype, follows=True, name="fc2")(gelu_tanh(h_BLF)))
 
 
 def modulate(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
