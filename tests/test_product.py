@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jdiff import target
-from jdiff.product import product, split_product
+from jdiff.product import product, split_product, written
 
 SHAPES = [
     ((5, 7, 12), (12, 20)),
@@ -45,6 +45,17 @@ def test_a_product_in_parts_is_the_product_split(platform):
         np.testing.assert_allclose(jnp.concatenate(found, -1), expected, atol=1e-13)
         for ours, theirs in zip(back(jnp.split(g, 3, -1)), plain_back(g), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-13)
+
+
+def test_what_is_written_first_is_so_on_a_tpu_and_where_no_gradient_is_taken():
+    barrier = lambda function: "optimization_barrier" in jax.jit(function).lower(jnp.ones(3)).as_text()  # noqa: E731
+    twice = lambda x: 2 * written(3 * x)  # noqa: E731
+    assert not barrier(twice)
+    with target.compiling_for("tpu"):
+        assert barrier(twice)
+        assert not barrier(jax.grad(lambda x: twice(x).sum()))
+        np.testing.assert_array_equal(twice(jnp.ones(3)), 6)
+        np.testing.assert_array_equal(jax.grad(lambda x: twice(x).sum())(jnp.ones(3)), 6)
 
 
 def test_gradients_under_vmap_and_in_bfloat16():
