@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import target, weights
-from jdiff.product import written
 from jdiff.rows import boundary, rows_apart
 from jdiff.sums import row_sum
 
@@ -30,7 +29,7 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class Dense(nn.Module):
     """Affine map of the last axis: (..., in) -> (..., features).
 
-    follows: x is made of another product, element by element: see `product.written`. Integer kernels see to it themselves.
+    follows: see `weights.dot`.
     """
 
     features: int
@@ -43,9 +42,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype or x.dtype)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        if self.follows and not weights.is_weight(kernel):
-            x = written(x)
-        y = rows_apart(weights.dot(rows_apart(x), kernel))
+        y = rows_apart(weights.dot(rows_apart(x), kernel, self.follows))
         if self.use_bias:
             y += self.param("bias", zeros, (self.features,), jnp.float32).astype(y.dtype)
         return y

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jdiff import qtensor, tree
 from jdiff.convolution import convolve
-from jdiff.product import product, split_product
+from jdiff.product import product, split_product, written
 from jdiff.qtensor import OfKernel, QTensor
 
 
@@ -82,13 +82,17 @@ def unwrap(w: Any) -> tuple[Any, list[LoRAWeight]]:
     return w, adapters
 
 
-def dot(x: jax.Array, w: Weight) -> jax.Array:
-    """`x (..., in) @ w (in, out)` in x's dtype."""
+def dot(x: jax.Array, w: Weight, follows: bool = False) -> jax.Array:
+    """`x (..., in) @ w (in, out)` in x's dtype.
+
+    follows: x is made of another product, element by element (`product.written`). Integer kernels see to what they round,
+    adapters take x as it is.
+    """
     if isinstance(w, LoRAWeight):
         return _adapted(dot, x, w)
     if isinstance(w, qtensor.Kernel):
         return qtensor.dot(x, w)
-    return product(x, w.astype(x.dtype))
+    return product(written(x) if follows else x, w.astype(x.dtype))
 
 
 def split_dot(x: jax.Array, w: Weight, parts: int) -> list[jax.Array]:

@@ -383,7 +383,8 @@ def test_slices_lie_along_data_as_far_as_it_divides(data, fsdp, tensor, across):
 @needs_libtpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
-    ("width", "tokens"), [(40, 4096), (64, 9216), (72, 1024), (80, 4096), (160, 4096), (256, 2048)]
+    ("width", "tokens"),
+    [(40, 1024), (72, 1024), (80, 1024), (40, 4096), (64, 9216), (80, 4096), (160, 4096), (256, 2048)],
 )
 def test_splash_compiles_for_a_tpu(width, tokens, dtype):
     """For heads of SD's UNet, of DiT-XL and wider, on one chip and on four, each with its rows and heads: what a kernel holds must
