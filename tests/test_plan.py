@@ -428,8 +428,12 @@ def scattered_as(mesh):
     [
         ("v5e:4x4", 8, 256, "reduce-scatter", 0.015),  # of 1152 rows eighths are no whole tiles: some are passed on
         ("v5e:4x4", 16, 256, "all-reduce", 0.01),
-        # sixteenths are four tiles and a half: some rows are passed on, 0.08 GB; an activation a block would be 0.26
-        ("v5e:16x16", 16, 4096, "reduce-scatter", 0.03),
+        pytest.param(
+            *("v5e:16x16", 16, 4096, "reduce-scatter", 0.01),
+            marks=pytest.mark.xfail(
+                strict=True, reason="qkv's sixteenths are four tiles and a half: 0.168 GB beside, for 0.113"
+            ),
+        ),
     ],
 )
 def test_fsdp_of_dit_xl_on_a_v5e_moves_what_it_must(machine, fsdp, batch, kind, rest):
