@@ -153,6 +153,7 @@ def _attend_backward(saved: Any, g_BNLK: jax.Array, causal: bool = False) -> tup
     product is that of `out` and its cotangent.
 
     Where the log-sum-exp is saved, keys are the rows of what is made: two of the three products over it then take it as it lies.
+    Elsewhere queries are, and in those two a head's columns come first: what comes first is what XLA:CPU transposes.
     """
     q_BNLK, k_BNSK, v_BNSK, out_BNLK, log_sum_BNL1 = saved
     dtype, scale = q_BNLK.dtype, q_BNLK.shape[-1] ** -0.5
@@ -167,8 +168,9 @@ def _attend_backward(saved: Any, g_BNLK: jax.Array, causal: bool = False) -> tup
     inner_BNL1 = row_sum(g_BNLK * out_BNLK)
     ds_BNLS = (p_BNLS * (jnp.einsum("BNLK,BNSK->BNLS", g_BNLK, v_BNSK) - inner_BNL1)).astype(dtype)
     dq_BNLK = jnp.einsum("BNLS,BNSK->BNLK", ds_BNLS, k_BNSK) * scale
-    dk_BNSK = jnp.einsum("BNLS,BNLK->BNSK", ds_BNLS, q_BNLK) * scale
-    return dq_BNLK, dk_BNSK, jnp.einsum("BNLS,BNLK->BNSK", p_BNLS.astype(dtype), g_BNLK)
+    dk_BNKS = jnp.einsum("BNLK,BNLS->BNKS", q_BNLK * scale, ds_BNLS)
+    dv_BNKS = jnp.einsum("BNLK,BNLS->BNKS", g_BNLK, p_BNLS.astype(dtype))
+    return dq_BNLK, jnp.swapaxes(dk_BNKS, 2, 3), jnp.swapaxes(dv_BNKS, 2, 3)
 
 
 def _less(x_BNSK: jax.Array, y_BNLK: jax.Array, of_BNL1: jax.Array) -> jax.Array:
