@@ -2,6 +2,7 @@
 
     python tools/bench.py dit [--batch 8] [--rounds 9] [--only train] [--json FILE]
     python tools/bench.py sd [--batch 2] [--rounds 5] [--only unet,vae]
+    python tools/bench.py vae [--rounds 5]
     python tools/bench.py lora [--batch 2] [--rounds 5] [--only full,step]
     python tools/bench.py int8 [--batch 8] [--rounds 5] [--only w8a8,w8,tpu]
     python tools/bench.py growth [--rounds 3] [--only image_size,depth,width,batch,devices] [--plot FILE]
@@ -83,6 +84,7 @@ def report(rows: list[Row]) -> None:
 CASES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "dit": dit.dit,
     "sd": sd.sd,
+    "vae": sd.vae,
     "lora": lora.lora_steps,
     "int8": int8.int8,
     "growth": growth.growth,

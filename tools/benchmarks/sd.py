@@ -17,13 +17,20 @@ from jdiff.models.macs import macs_of
 
 def sd(args: argparse.Namespace) -> Iterator[Row]:
     """One row a part."""
-    cases = {
-        "unet": (unet, torch_unet, check_unet, _unet_macs, f"b{args.batch}"),
-        "vae": (decode, torch_decode, check_decode, _decoding_macs, "decode 512x512"),
-    }
-    for name, (ours, theirs, check, macs, title) in cases.items():
+    for name, part in {"unet": _unet, "vae": vae}.items():
         if not args.only or name in args.only.split(","):
-            yield beside_torch(f"sd {name} {title}", ours, theirs, check, args, args.rounds, flops=2 * macs(args))
+            yield from part(args)
+
+
+def _unet(args: argparse.Namespace) -> Iterator[Row]:
+    title, flops = f"sd unet b{args.batch}", 2 * _unet_macs(args)
+    yield beside_torch(title, unet, torch_unet, check_unet, args, args.rounds, flops=flops)
+
+
+def vae(args: argparse.Namespace) -> Iterator[Row]:
+    """The autoencoder alone."""
+    flops = 2 * _decoding_macs(args)
+    yield beside_torch("sd vae decode 512x512", decode, torch_decode, check_decode, args, args.rounds, flops=flops)
 
 
 def torch_unet_module(module: Any, params: Any) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from benchmarks.timing import Row
 from jdiff import config as configs
 from jdiff import models, sharding, target
+from jdiff.models.macs import macs_of
 from jdiff.plan import topology, training
 from jdiff.plan.program import Program
 
@@ -51,8 +52,8 @@ def _unet(batch: int = 8) -> Row:
     where = topology.parse("v5e:1x1")
     model = models.create("sd15/unet", dtype=jnp.bfloat16, remat="none")
     over = sharding.replicated(sharding.make_mesh(1, 1, 1, topology.devices(where)))
-    put = lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype, sharding=over)  # noqa: E731
-    inputs = [put(x) for x in jax.eval_shape(model.dummy_inputs)]
+    sizes = ((batch, 64, 64, model.in_channels), (batch,), (batch, 77, model.cross_attention_dim))
+    inputs = [jax.ShapeDtypeStruct(size, jnp.float32, sharding=over) for size in sizes]
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.dummy_inputs())["params"])
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over), shapes)
 
@@ -70,6 +71,6 @@ def _unet(batch: int = 8) -> Row:
         "cycles": cycles,
         "kernel_cycles": of_kernels,
         "estimated_ms": round(1e3 * cycles * where.chip.flops_per_cycle / where.chip.peak, 1),
-        "mfu": round(6 * batch * model.macs() / cycles / where.chip.flops_per_cycle, 3),
+        "mfu": round(6 * macs_of(model.apply, {"params": params}, *inputs) / cycles / where.chip.flops_per_cycle, 3),
         "share_estimated": round(program.share_estimated, 3),
     }
