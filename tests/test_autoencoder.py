@@ -110,11 +110,11 @@ def close(found, expected, name=""):
 def test_the_discriminator_equals_pytorchs(wide):
     disc = PatchDiscriminator(8, jnp.float64)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 40, 33, 3)))
-    params = randomized(disc.init(jax.random.key(0), x)["params"])
-    value, grads = jax.value_and_grad(lambda p: (disc.apply({"params": p}, x) ** 2).sum())(params)
+    params = randomized(jax.eval_shape(disc.init, jax.random.key(0), x)["params"])
+    value, grads = jax.jit(jax.value_and_grad(lambda p: (disc.apply({"params": p}, x) ** 2).sum()))(params)
     peer = jax.tree.map(lambda v: t(v, grad=True), params)
     expected = torch_discriminator(peer, nchw(x))
-    assert disc.apply({"params": params}, x).shape == (3, *expected.shape[2:], 1)
+    assert jax.eval_shape(disc.apply, {"params": params}, x).shape == (3, *expected.shape[2:], 1)
     (expected**2).sum().backward()
     close(value, (expected**2).sum())
     for path, leaf in tree.flatten(grads).items():
@@ -196,7 +196,11 @@ def test_gradients_equal_an_independent_computation(wide, lpips_params, step):
     image = jnp.asarray(rng.uniform(0, 255, (3, 24, 24, 3)))
     x = image / 127.5 - 1
     logvar = jnp.asarray(-0.7)
-    params = {"vae": toy.params(), "disc": randomized(disc.init(jax.random.key(0), x)["params"]), "logvar": logvar}
+    params = {
+        "vae": toy.params(),
+        "disc": randomized(jax.eval_shape(disc.init, jax.random.key(0), x)["params"]),
+        "logvar": logvar,
+    }
     frozen = {"lpips": jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), lpips_params)}
     halves = tree.set_apart({**params, **frozen}, r"lpips/.*")
     keys = jax.random.split(jax.random.key(5), 3)

@@ -15,7 +15,7 @@ def make_pipe(kind, devices=2):
     sizes = {"image_size": 8, "channels": 3, "num_classes": 3}
     small = {"depth": 1, "width": 16, "heads": 2}
     model = jdiff.create("DiT-S/2", **sizes, **small, learn_sigma=kind == "gaussian")
-    params = model.init(jax.random.key(0), *model.dummy_inputs())["params"]
+    params = jax.jit(model.init)(jax.random.key(0), *model.dummy_inputs())["params"]
     noisy = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
     settings = {**configs.default().diffusion.to_dict(), "kind": kind}
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])

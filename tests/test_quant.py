@@ -257,7 +257,7 @@ def test_a_block_errs_as_qwix_does(scheme, theirs):
     """A transformer block without its scan, which qwix does not take."""
     block, rng = dit.Block(4, 256), np.random.default_rng(0)
     inputs = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 16, 128), (2, 6 * 128)))
-    params = block.init(jax.random.key(0), *inputs)["params"]
+    params = jax.jit(block.init)(jax.random.key(0), *inputs)["params"]
     run = lambda params: block.apply({"params": params}, *inputs)[0]  # noqa: E731
     exact, ours = run(params), run(quant.quantize(params, ((rf"({LAYERS})/kernel", scheme),)))
     weight, activation, tile = theirs

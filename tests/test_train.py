@@ -49,11 +49,12 @@ class Small:
         self.loss_fn = class_loss(self.model, make_process(settings, learn_sigma=True))
         self.gradient = mean_gradient(self.loss_fn)
         self.tx = optim.make_optimizer(optim.make_schedule("constant", lr, 0, 100), 0.01)
+        self.state = jax.jit(self._state, static_argnames="noise")  # op by op it compiles a program a shape
 
     def init(self, key, given):
         return {"dit": self.model.init(key, *self.model.dummy_inputs())["params"]}
 
-    def state(self, noise=0.02):
+    def _state(self, noise=0.02):
         state = train.init_state(self, self.tx, jax.random.key(0), {})
         # off the official initialisation, whose zeros hide most of the gradient
         keys = iter(jax.random.split(jax.random.key(1), 100))
@@ -89,11 +90,11 @@ def test_a_step_is_the_mean_gradient_through_the_optimizer(small, small_step):
     keys = train.sample_keys(0, state.step, 8)
     loss = lambda params: small.loss_fn(tree.merge(params, state.frozen), batch, keys)["loss"].mean()  # noqa: E731
     value, grads = jax.jit(jax.value_and_grad(loss))(state.params)
-    updates, _ = small.tx.update(grads, state.opt_state, state.params)
+    updates, _ = jax.jit(small.tx.update)(grads, state.opt_state, state.params)
     expected = optax.apply_updates(state.params, updates)
     new, metrics = small_step(state, batch)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    np.testing.assert_allclose(metrics["grad_norm"], jax.jit(optax.tree.norm)(grads), rtol=1e-4)
     for path, leaf in tree.flatten(new.params).items():
         # Adam's first step is lr * sign: compare the steps where the gradient is not all rounding
         clear = np.abs(tree.flatten(grads)[path]) > 1e-6
