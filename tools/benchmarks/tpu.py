@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from benchmarks.timing import Row
 from jdiff import config as configs
 from jdiff import models, sharding, target
-from jdiff.models.macs import macs_of
+from jdiff.models.macs import macs
 from jdiff.plan import topology, training
 from jdiff.plan.program import Program
 
@@ -71,6 +71,6 @@ def _unet(batch: int = 8) -> Row:
         "cycles": cycles,
         "kernel_cycles": of_kernels,
         "estimated_ms": round(1e3 * cycles * where.chip.flops_per_cycle / where.chip.peak, 1),
-        "mfu": round(6 * macs_of(model.apply, {"params": params}, *inputs) / cycles / where.chip.flops_per_cycle, 3),
+        "mfu": round(6 * macs(model, *inputs) / cycles / where.chip.flops_per_cycle, 3),
         "share_estimated": round(program.share_estimated, 3),
     }
