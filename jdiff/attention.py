@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from jdiff import target
-from jdiff.rows import row_axes
-from jdiff.sums import LANES, row_sum
+from jdiff.pallas import splash
+from jdiff.sums import row_sum
 
 
 def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: bool = False) -> jax.Array:
@@ -26,8 +25,8 @@ def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: b
     """
     if target.platform() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16):
         return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, is_causal=causal)
-    if target.platform() == "tpu" and not causal and _splash_takes(q_BLNK, k_BSNK):
-        return _splash(q_BLNK, k_BSNK, v_BSNK)
+    if target.platform() == "tpu" and not causal and splash.takes(q_BLNK, k_BSNK):
+        return splash.attend(q_BLNK, k_BSNK, v_BSNK)
     q_BNLK, k_BNSK, v_BNSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
     L, S = q_BLNK.shape[1], k_BSNK.shape[1]
     chunks = 1 if causal else math.ceil(L * S / MOST_SCORES)
@@ -40,67 +39,6 @@ def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: b
 
 MOST_SCORES = 2**20
 """Scores a head that are formed at once: 256 queries of 4096 keys, the best chunk of those tried on a CPU."""
-
-LEAST_KEYS = 1024
-"""From as many on a TPU's attention is splash: at 256 XLA:TPU's own is estimated at less, with the gradient
-(docs/performance.md)."""
-MOST_BLOCK = 512
-MOST_KEYS = 4096
-"""Of bfloat16 heads up to 64 wide, and fewer of larger ones: as many as lie in a TPU's vector memory with their gradients. Queries
-have a gradient by each so many keys, which are added up."""
-
-
-def _splash_takes(q_BLNK: jax.Array, k_BSNK: jax.Array) -> bool:
-    L, S, K = q_BLNK.shape[1], k_BSNK.shape[1], q_BLNK.shape[-1]
-    return S >= LEAST_KEYS and L % LANES == S % LANES == 0 and K <= 2 * LANES
-
-
-def _splash(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array:
-    """JAX's own kernel (FlashAttention's idea, arXiv:2205.14135): no score leaves the chip's vector memory.
-
-    The compiler cannot split a kernel over devices, so each takes its rows of the mesh in use, and its heads.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return _splash_of_one(q_BLNK, k_BSNK, v_BSNK)
-    rows = row_axes(mesh, q_BLNK.shape[0])
-    heads = "tensor" if q_BLNK.shape[2] % mesh.shape.get("tensor", 1) == 0 else None
-    lie = PartitionSpec(rows, None, heads)
-    return jax.shard_map(_splash_of_one, mesh=mesh, in_specs=lie, out_specs=lie, check_vma=False)(
-        q_BLNK, k_BSNK, v_BSNK
-    )
-
-
-def _largest_divisor(length: int, most: int, of: int) -> int:
-    """The largest multiple of `of`, up to `most`, that divides length."""
-    return next(n for n in range(most // of * of, 0, -of) if length % n == 0)
-
-
-def _splash_of_one(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array:
-    """On one device."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
-
-    (L, N, K), S = q_BLNK.shape[1:], k_BSNK.shape[1]
-    q, k = (_largest_divisor(length, MOST_BLOCK, LANES) for length in (L, S))
-    size = math.ceil(q_BLNK.dtype.itemsize / 2)
-    tokens_last = splash_attention_kernel.QKVLayout.SEQ_MINOR  # a head's 40 numbers are padded to 128 where they are
-    blocks = splash_attention_kernel.BlockSizes(
-        block_q=q,
-        block_kv=k,
-        block_q_dkv=q,
-        block_kv_dkv=_largest_divisor(S, max(k, MOST_KEYS // (math.ceil(K / 64) * size)), k),
-        block_kv_dkv_compute=k,
-        use_fused_bwd_kernel=True,  # which makes the scores once, not twice
-        k_layout=tokens_last,
-        v_layout=tokens_last,
-    )
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((L, S))] * N)
-    kernel: Any = splash_attention_kernel.make_splash_mha_single_device(
-        mask, block_sizes=blocks, residual_checkpoint_name="attention"
-    )
-    q_BNLK, k_BNSK, v_BNSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK * K**-0.5, k_BSNK, v_BSNK))
-    return jnp.swapaxes(jax.vmap(kernel)(q_BNLK, k_BNSK, v_BNSK), 1, 2)
-
 
 MANY_KEYS = 384
 """From as many on a CPU saves the log-sum-exp: with 256 that costs XLA:CPU its one pass over the scores, forward and gradient of

@@ -1,6 +1,7 @@
 """Where the rows of a batch lie, over the mesh in use (`sharding.in_use`), while a model is traced."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,3 +34,26 @@ def rows_apart(x: jax.Array, rest: Any = PartitionSpec.UNCONSTRAINED) -> jax.Arr
 def boundary(x: jax.Array) -> jax.Array:
     """x (rows, ...) as it lies between two blocks: its rows apart, whole beside that."""
     return rows_apart(x, None)
+
+
+def on_each_device(
+    kernel: Callable[..., jax.Array], *args: jax.Array, lie: Sequence[Sequence[str | None]], out: Sequence[str | None]
+) -> jax.Array:
+    """`kernel(*args)`, on each device of the mesh in use with what it has of them: the compiler cannot split a kernel over devices.
+
+    lie: for each argument, and out: for what is made, an entry an axis: "rows" where the batch's rows are shared out, "tensor" for
+    that axis of the mesh, None where it is whole. Rows of the first argument that do not divide are whole everywhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(*args)
+    rows = row_axes(mesh, args[0].shape[0])
+    spec = lambda axes: PartitionSpec(*[rows if axis == "rows" else axis for axis in axes])  # noqa: E731
+    specs = tuple(spec(axes) for axes in lie)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=spec(out), check_vma=False)(*args)
+
+
+def heads_apart(heads: int) -> str | None:
+    """The axis that so many heads are shared out over: `tensor`, or None where they do not divide."""
+    size = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    return "tensor" if heads % size == 0 else None

@@ -23,7 +23,12 @@ FLOORS = (
         {"attention"},
         {"weights", "gptq"},
     ),
-    *({"qtensor"}, {"convolution", "rows", "tree"}, {"product", "sums"}, {"npz", "paths", "target", "version"}),
+    *(
+        {"qtensor", "pallas"},
+        {"convolution", "rows", "tree"},
+        {"product", "sums"},
+        {"npz", "paths", "target", "version"},
+    ),
 )
 """Top first. A module imports from floors below its own, a package also from itself."""
 LEVEL = {name: len(FLOORS) - i for i, floor in enumerate(FLOORS) for name in floor}

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from jdiff import attention, sharding, target
+from jdiff.pallas import splash
 
 
 def qkv(L, S, B=2, N=3, K=8):
@@ -68,9 +69,9 @@ def test_attention_of_large_pictures_fits(tokens):
 def test_splash_equals_pytorch(monkeypatch, L, S, K, mesh, most):
     """Interpreted, since no TPU is at hand: alone, each device of a mesh with its rows and heads, and with gradients of queries by
     some keys each. 1152 keys are no multiple of the largest block."""
-    monkeypatch.setattr(attention, "MOST_KEYS", most)
-    interpreted = partial(splash.make_splash_mha_single_device, interpret=True)
-    monkeypatch.setattr(splash, "make_splash_mha_single_device", interpreted)
+    monkeypatch.setattr(splash, "MOST_KEYS", most)
+    interpreted = partial(splash_attention_kernel.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha_single_device", interpreted)
     inputs = qkv(L, S, N=2, K=K)
 
     def value(q, k, v):
