@@ -3,6 +3,7 @@
 Shapes: B batch, L queries, S keys, N heads, K head dim.
 """
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -12,16 +13,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jdiff import target
-from jdiff.pallas import splash
+from jdiff.pallas import splash, whole_attention
+from jdiff.prologue import Prologue
 from jdiff.sums import row_sum
 
 
 def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: bool = False) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v, the one door to attention: (B, L, N, K) out. causal: token i sees the tokens 0..i.
 
-    On GPU it is JAX's fused attention (cuDNN where it takes the shape and dtype), on TPU splash where there are many keys;
-    elsewhere two products with an fp32 softmax between, over a chunk of the queries at a time where all scores at once would
-    be large: memory grows with L + S, in the gradient too.
+    On GPU it is JAX's fused attention (cuDNN where it takes the shape and dtype), on TPU splash where there are many keys, and
+    where there are few and no gradient is taken a kernel of jdiff's; elsewhere two products with an fp32 softmax between, over
+    a chunk of the queries at a time where all scores at once would be large: memory grows with L + S, in the gradient too.
     """
     if target.platform() == "gpu" and q_BLNK.dtype in (jnp.bfloat16, jnp.float16):
         return jax.nn.dot_product_attention(q_BLNK, k_BSNK, v_BSNK, is_causal=causal)
@@ -35,6 +37,34 @@ def attention(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, causal: b
     q_BNLK = jnp.pad(q_BNLK, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else q_BNLK
     out_BNLK: jax.Array = _attention(q_BNLK, k_BNSK, v_BNSK, causal, chunks)
     return jnp.swapaxes(out_BNLK, 1, 2)[:, :L]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["q_BLNK", "k_BSNK", "v_BSNK"], meta_fields=[])
+@dataclasses.dataclass(eq=False)
+class Attended(Prologue):
+    """`attention`, its heads side by side, as the input of a product."""
+
+    q_BLNK: jax.Array
+    k_BSNK: jax.Array
+    v_BSNK: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        B, L, N, K = self.q_BLNK.shape
+        return B, L, N * K
+
+    @property
+    def dtype(self) -> Any:
+        return self.q_BLNK.dtype
+
+    def floats(self) -> jax.Array:
+        return attention(self.q_BLNK, self.k_BSNK, self.v_BSNK).reshape(self.shape)
+
+    def rounds(self) -> bool:
+        return target.platform() == "tpu" and whole_attention.takes(self.q_BLNK, self.k_BSNK)
+
+    def integers(self, step: jax.Array) -> jax.Array:
+        return whole_attention.attend(self.q_BLNK, self.k_BSNK, self.v_BSNK, step)
 
 
 MOST_SCORES = 2**20
@@ -128,7 +158,15 @@ def _in_chunks(
     return jax.tree.map(_joined, made)
 
 
-_attention = jax.custom_vjp(lambda *args: _in_chunks(*args)[0], nondiff_argnums=(3, 4))
+def _without_gradient(q_BNLK: jax.Array, k_BNSK: jax.Array, v_BNSK: jax.Array, causal: bool, chunks: int) -> jax.Array:
+    q_BLNK, k_BSNK, v_BSNK = (jnp.swapaxes(x, 1, 2) for x in (q_BNLK, k_BNSK, v_BNSK))  # as they were: XLA drops both
+    if target.platform() == "tpu" and not causal and whole_attention.takes(q_BLNK, k_BSNK):
+        out_BLD = whole_attention.attend(q_BLNK, k_BSNK, v_BSNK)
+        return jnp.swapaxes(out_BLD.reshape(q_BLNK.shape), 1, 2)
+    return _in_chunks(q_BNLK, k_BNSK, v_BNSK, causal, chunks)[0]
+
+
+_attention = jax.custom_vjp(_without_gradient, nondiff_argnums=(3, 4))
 
 
 def _forward(

@@ -4,6 +4,7 @@ Shapes: B batch, L tokens, D width, N heads, K head dim, F hidden. Parameters ar
 (its input's dtype when None). Kernels may be `QTensor` or `LoRAWeight`: see `weights.py`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import target, weights
+from jdiff.pallas import modulated
+from jdiff.prologue import Input, Prologue
 from jdiff.rows import boundary, rows_apart
 from jdiff.sums import row_sum
 
@@ -39,13 +42,19 @@ class Dense(nn.Module):
     follows: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(self.dtype or x.dtype)
+    def __call__(self, x: Input) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = rows_apart(weights.dot(rows_apart(x), kernel, self.follows))
+        y = rows_apart(weights.dot(_taken(x, kernel, self.dtype), kernel, self.follows))
         if self.use_bias:
             y += self.param("bias", zeros, (self.features,), jnp.float32).astype(y.dtype)
         return y
+
+
+def _taken(x: Input, kernel: Any, dtype: Dtype | None) -> Input:
+    """x as a product takes it: in the layer's dtype, its rows apart; or a prologue of that dtype, where the kernel takes one."""
+    if isinstance(x, Prologue):
+        x = x.floats() if dtype is not None and x.dtype != dtype else weights.taken(x, kernel)
+    return x if isinstance(x, Prologue) else rows_apart(x.astype(dtype or x.dtype))
 
 
 class SplitDense(nn.Module):
@@ -60,11 +69,11 @@ class SplitDense(nn.Module):
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
-        x = x.astype(self.dtype or x.dtype)
+    def __call__(self, x: Input) -> list[jax.Array]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        x = _taken(x, kernel, self.dtype)
         bias = self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
-        parts = weights.split_dot(rows_apart(x), kernel, self.parts)
+        parts = weights.split_dot(x, kernel, self.parts)
         return [rows_apart(y) + b for y, b in zip(parts, jnp.split(bias, self.parts), strict=True)]
 
 
@@ -198,6 +207,34 @@ def sincos_positions_2d(width: int, height: int, grid_width: int) -> np.ndarray:
     row, column = np.meshgrid(np.arange(height), np.arange(grid_width), indexing="ij")
     args = [np.outer(axis.reshape(-1), freqs) for axis in (column, row)]
     return np.concatenate([f(arg) for arg in args for f in (np.sin, np.cos)], axis=-1)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x_BLD", "shift_BD", "scale_BD"], meta_fields=["eps"])
+@dataclasses.dataclass(eq=False)
+class Modulated(Prologue):
+    """adaLN's input of a product (arXiv:2212.09748): `layer_norm(x) * (1 + scale) + shift`, scale and shift one a sample."""
+
+    x_BLD: jax.Array
+    shift_BD: jax.Array
+    scale_BD: jax.Array
+    eps: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x_BLD.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.x_BLD.dtype
+
+    def floats(self) -> jax.Array:
+        return layer_norm(self.x_BLD, self.eps) * (1 + self.scale_BD[:, None]) + self.shift_BD[:, None]
+
+    def rounds(self) -> bool:
+        return target.platform() == "tpu" and modulated.takes(self.x_BLD)
+
+    def integers(self, step: jax.Array) -> jax.Array:
+        return modulated.integers(self.x_BLD, self.shift_BD, self.scale_BD, self.eps, step)
 
 
 class LayerNorm(nn.Module):

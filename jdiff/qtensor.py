@@ -20,7 +20,9 @@ from jax import lax
 
 from jdiff import target
 from jdiff.convolution import convolve, has_integers
+from jdiff.primal import quicker
 from jdiff.product import product, written
+from jdiff.prologue import Input, Prologue
 
 Window: TypeAlias = tuple[tuple[int, ...], Any] | None
 """Strides and padding of a convolution; None for a matrix product."""
@@ -216,19 +218,45 @@ def dequantize(w: QTensor, dtype: Any = jnp.float32) -> jax.Array:
     return w.qvalue.astype(dtype) * spread(w).astype(dtype)
 
 
-def dot(x: jax.Array, w: Kernel) -> jax.Array:
-    """`x (..., C) @ w (C, D)` in x's dtype; activations are rounded by a scale a token."""
-    return _product(None, x, w)
+def dot(x: Input, w: Kernel) -> jax.Array:
+    """`x (..., C) @ w (C, D)` in x's dtype; activations are rounded by the kernel's own step, or by a scale a token.
+
+    x: an array, or what the kernel `takes`.
+    """
+    return split_dot(x, w, 1)[0] if isinstance(x, Prologue) else _product(None, x, w)
 
 
-def split_dot(x: jax.Array, w: Kernel, parts: int) -> list[jax.Array]:
+def split_dot(x: Input, w: Kernel, parts: int) -> list[jax.Array]:
     """`dot` in so many equal parts of D. On a TPU each part has a product of its own, as in `product.split_product`; what
     comes in is rounded once for all."""
+    if isinstance(x, Prologue):
+        assert isinstance(w, QTensor)
+        return _of_prologue(x, w, parts)
     if not isinstance(w, QTensor) or target.platform() != "tpu":
         return jnp.split(dot(x, w), parts, axis=-1)
+    return [dot(x, column) for column in _columns(w, parts)]
+
+
+def _columns(w: QTensor, parts: int) -> list[QTensor]:
     cut = partial(jnp.split, indices_or_sections=parts, axis=-1)
     columns = zip(cut(w.qvalue), cut(w.scale), strict=True)
-    return [dot(x, dataclasses.replace(w, qvalue=qvalue, scale=scale)) for qvalue, scale in columns]
+    return [dataclasses.replace(w, qvalue=qvalue, scale=scale) for qvalue, scale in columns]
+
+
+def takes(x: Prologue, w: Kernel) -> bool:
+    """Whether the product is of integers that x can be made in: those of one fixed step."""
+    return isinstance(w, QTensor) and is_integer(None, w) and w.step is not None and w.step.size == 1 and x.rounds()
+
+
+def _of_prologue(x: Prologue, w: QTensor, parts: int) -> list[jax.Array]:
+    """`split_dot` of what is rounded as it is made; where a gradient is taken, of floats."""
+
+    def quick(x: Prologue, w: QTensor) -> list[jax.Array]:
+        x_s8, columns = x.integers(w.step), _columns(w, parts)
+        sums = [_accumulate(None, x_s8, column.qvalue).astype(jnp.float32) for column in columns]
+        return [(y * (w.step * column.scale)).astype(x.dtype) for y, column in zip(sums, columns, strict=True)]
+
+    return quicker(quick, lambda x, w: split_dot(x.floats(), w, parts))(x, w)
 
 
 def conv(x_BHWC: jax.Array, w: Kernel, strides: Sequence[int], padding: Any) -> jax.Array:

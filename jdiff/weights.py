@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jdiff import qtensor, tree
 from jdiff.convolution import convolve
 from jdiff.product import product, split_product, written
+from jdiff.prologue import Input, Prologue
 from jdiff.qtensor import OfKernel, QTensor
 
 
@@ -82,25 +83,36 @@ def unwrap(w: Any) -> tuple[Any, list[LoRAWeight]]:
     return w, adapters
 
 
-def dot(x: jax.Array, w: Weight, follows: bool = False) -> jax.Array:
+def taken(x: Input, w: Weight) -> Input:
+    """x as the product with w takes it: an array, but for integer kernels that a prologue is made in integers for."""
+    if not isinstance(x, Prologue) or (isinstance(w, qtensor.Kernel) and qtensor.takes(x, w)):
+        return x
+    return x.floats()
+
+
+def dot(x: Input, w: Weight, follows: bool = False) -> jax.Array:
     """`x (..., in) @ w (in, out)` in x's dtype.
 
     follows: x is made of another product, element by element (`product.written`). Integer kernels see to what they round,
     adapters take x as it is.
     """
-    if isinstance(w, LoRAWeight):
-        return _adapted(dot, x, w)
+    x = taken(x, w)
     if isinstance(w, qtensor.Kernel):
         return qtensor.dot(x, w)
+    assert not isinstance(x, Prologue)
+    if isinstance(w, LoRAWeight):
+        return _adapted(dot, x, w)
     return product(written(x) if follows else x, w.astype(x.dtype))
 
 
-def split_dot(x: jax.Array, w: Weight, parts: int) -> list[jax.Array]:
+def split_dot(x: Input, w: Weight, parts: int) -> list[jax.Array]:
     """`dot` in so many equal parts of its outputs."""
-    if isinstance(w, LoRAWeight):
-        return jnp.split(dot(x, w), parts, axis=-1)
+    x = taken(x, w)
     if isinstance(w, qtensor.Kernel):
         return qtensor.split_dot(x, w, parts)
+    assert not isinstance(x, Prologue)
+    if isinstance(w, LoRAWeight):
+        return jnp.split(dot(x, w), parts, axis=-1)
     return split_product(x, w.astype(x.dtype), parts)
 
 

@@ -26,8 +26,8 @@ FLOORS = (
     *(
         {"qtensor", "pallas"},
         {"convolution", "rows", "tree"},
-        {"product", "sums"},
-        {"npz", "paths", "target", "version"},
+        {"product", "prologue", "sums"},
+        {"npz", "paths", "primal", "target", "version"},
     ),
 )
 """Top first. A module imports from floors below its own, a package also from itself."""

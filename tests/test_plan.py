@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 
@@ -17,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jdiff
 from jdiff import attention, sharding, target, train, tree
 from jdiff import config as configs
-from jdiff.plan import report, sampling, topology, training
+from jdiff.plan import bundles, report, sampling, topology, training
 from jdiff.plan.program import Program
 
 SMALL = (
@@ -116,6 +118,37 @@ def test_attentions_kernels_are_counted_by_their_products():
     program = Program(SPLASH)
     assert [*program.kernels.values()] == [2 * 5 * 2 * 8 * 1024 * 2048 * 128]  # five products, 72 padded to 128
     assert program.not_estimated == {} and program.cycles == 0
+
+
+KERNELS = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: bf16[4,256,128], s: f32[1]) -> bf16[4,256,128] {
+  %x = bf16[4,256,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %s = f32[1]{0} parameter(1)
+  %near = bf16[4,256,128]{2,1,0:T(8,128)(2,1)S(1)} copy(%x), backend_config={"window_config":{"estimated_cycles":"5"}}
+  %modulated.3 = s8[4,256,128]{2,1,0:T(32,128)(4,1)S(1)} custom-call(%near, %s), custom_call_target="tpu_custom_call", META
+  %modulated.4 = s8[4,256,128]{2,1,0:T(32,128)(4,1)} custom-call(%x, %s), custom_call_target="tpu_custom_call", META
+  ROOT %other.1 = bf16[4,256,128]{2,1,0:T(8,128)(2,1)} custom-call(%near), custom_call_target="tpu_custom_call", META
+}
+""".replace("META", 'frontend_attributes={kernel_metadata={\n"steps":"8"\n}}')
+
+
+def test_own_kernels_are_counted_by_their_schedules():
+    """Bundles of each step, or what is moved to and from HBM where that takes longer; one schedule serves equal kernels."""
+    program = Program(KERNELS, {"modulated.3": 100}, bytes_per_cycle=100)
+    size = 4 * 256 * 128
+    assert [made.estimate for made in program.scheduled] == [5, 8 * 100, (2 * size + size + 4) // 100, None]
+    assert program.not_estimated == {"custom-call tpu_custom_call": 1}
+    assert Program(KERNELS).cycles == 5
+
+
+def test_schedules_are_read_from_what_libtpu_writes(tmp_path):
+    head = "\n== CAPACITY:\nMXU, XLU\n    4     3\n== UTILIZATION:\n"
+    (tmp_path / f"17-modulated.3-00-{bundles.LABEL}.txt").write_text(head + "0 0\n4 1\n0 3\n")
+    (tmp_path / f"17-TLP-00-{bundles.LABEL}.txt").write_text(head + "0 0\n")
+    (tmp_path / "17-TLP-hlo.txt").write_text("HloModule")
+    assert bundles.collect(tmp_path) == {"modulated.3": 3, "TLP": 1}
+    assert bundles.collect(tmp_path) == {}
 
 
 def test_a_programs_collectives_and_products():
@@ -365,6 +398,19 @@ def test_w8a8_multiplies_integers_on_a_tpu():
     assert step.program.products["s8", "s8", "s32"] == 6  # q, k and v have one each
     assert step.program.cycles > 0 and step.program.share_estimated > 0.9
     assert step.program.unknown_loops == []
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_int8_samples_half_as_fast_again_on_a_tpu():
+    """DiT-XL/2 by XLA:TPU's estimates and its schedules of jdiff's kernels, in a process that has libtpu write them down."""
+    command = [sys.executable, str(ROOT / "tools" / "bench.py"), "int8", "--only", "tpu"]
+    made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert made.returncode == 0, made.stderr
+    row = next(json.loads(line) for line in made.stdout.splitlines() if '"case"' in line)
+    assert row["w8a8-static_estimated_speedup"] >= 1.5
+    for name in ("bf16", "w8a8-static"):
+        assert row[f"{name}_kernel_cycles"] > 0 and row[f"{name}_share_estimated"] > 0.99
 
 
 @needs_libtpu

@@ -15,20 +15,21 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jdiff import tree
-from jdiff.attention import attention
+from jdiff.attention import Attended
 from jdiff.layers import (
     Conv,
     Dense,
     Embed,
+    Modulated,
     SplitDense,
     gelu_tanh,
-    layer_norm,
     sincos_positions_2d,
     timestep_embedding,
     xavier_uniform,
     zeros,
 )
 from jdiff.models.macs import macs
+from jdiff.prologue import Input
 from jdiff.rows import boundary
 
 Remat = Literal["none", "dots", "full"]
@@ -51,7 +52,7 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: Input) -> jax.Array:
         B, L, D = x_BLD.shape
         qkv = SplitDense(3 * D, 3, dtype=self.dtype, name="qkv")(x_BLD)
         heads = (B, L, self.num_heads, D // self.num_heads)
@@ -59,8 +60,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="q_norm")(q_BLNK)
             k_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="k_norm")(k_BLNK)
-        out_BLD = attention(q_BLNK, k_BLNK, v_BLNK).reshape(B, L, D)
-        return product(Dense(D, dtype=self.dtype, name="proj")(out_BLD))
+        return product(Dense(D, dtype=self.dtype, name="proj")(Attended(q_BLNK, k_BLNK, v_BLNK)))
 
 
 class Mlp(nn.Module):
@@ -70,14 +70,9 @@ class Mlp(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: Input) -> jax.Array:
         h_BLF = product(Dense(self.hidden, dtype=self.dtype, name="fc1")(x_BLD))
         return product(Dense(x_BLD.shape[-1], dtype=self.dtype, follows=True, name="fc2")(gelu_tanh(h_BLF)))
-
-
-def modulate(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
-    """`norm(x) * (1 + scale) + shift`, scale and shift one a sample."""
-    return layer_norm(x_BLD, EPS) * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
 class Block(nn.Module):
@@ -92,9 +87,9 @@ class Block(nn.Module):
     def __call__(self, x_BLD: jax.Array, modulation_B6D: jax.Array) -> tuple[jax.Array, None]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation_B6D, 6, axis=-1)
         attn = Attention(self.num_heads, self.qk_norm, self.dtype, name="attn")
-        x_BLD += gate_msa[:, None] * attn(modulate(x_BLD, shift_msa, scale_msa))
+        x_BLD += gate_msa[:, None] * attn(Modulated(x_BLD, shift_msa, scale_msa, EPS))
         mlp = Mlp(self.hidden, self.dtype, name="mlp")
-        x_BLD += gate_mlp[:, None] * mlp(modulate(x_BLD, shift_mlp, scale_mlp))
+        x_BLD += gate_mlp[:, None] * mlp(Modulated(x_BLD, shift_mlp, scale_mlp, EPS))
         return boundary(x_BLD), None
 
 
@@ -237,7 +232,7 @@ class DiT(nn.Module):
         shift_BD, scale_BD = jnp.split(final, 2, axis=-1)
         out = C * (1 + self.learn_sigma)
         linear = Dense(P * P * out, kernel_init=zeros, dtype=dtype, name="final_linear")
-        y_BLD = linear(modulate(x_BLD, shift_BD, scale_BD))
+        y_BLD = linear(Modulated(x_BLD, shift_BD, scale_BD, EPS))
         y = y_BLD.reshape(B, grid, grid, P, P, out).transpose(0, 1, 3, 2, 4, 5)
         return y.reshape(B, H, W, out)
 

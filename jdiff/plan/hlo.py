@@ -12,10 +12,11 @@ BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 
 @dataclass(frozen=True)
 class Array:
-    """An array's type, as `bf16[32,256]`."""
+    """An array's type, as `bf16[32,256]`. near: it lies in a TPU's vector memory, not in HBM."""
 
     dtype: str
     shape: tuple[int, ...]
+    near: bool = False
 
     @property
     def bytes(self) -> int:
@@ -48,6 +49,12 @@ class Instruction:
     def cycles(self) -> int | None:
         """The compiler's estimate for running it once."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
+        return int(found[1]) if found else None
+
+    @property
+    def steps(self) -> int | None:
+        """Of a kernel's grid, where its metadata says so."""
+        found = re.search(r'kernel_metadata=\{[^}]*"steps":"(\d+)"', self.text)
         return int(found[1]) if found else None
 
     @property
@@ -150,8 +157,8 @@ def _instruction(line: str) -> Instruction | None:
     rest = found[3]
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     arrays = tuple(
-        Array(dtype, tuple(int(n.lstrip("<=")) for n in shape.split(",") if n))
-        for dtype, shape in re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", rest[:end])
+        Array(dtype, tuple(int(n.lstrip("<=")) for n in shape.split(",") if n), "S(1)" in layout)
+        for dtype, shape, layout in re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", rest[:end])
     )
     text = rest[end:].strip()
     return Instruction(found[2], text[: text.index("(")], arrays, text, found[1] is not None)

@@ -8,12 +8,12 @@ counted, so that it can be said what share of the program an estimate speaks for
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from jdiff.plan import hlo
-from jdiff.plan.hlo import Instruction
+from jdiff.plan import bundles, hlo
+from jdiff.plan.hlo import Array, Instruction
 from jdiff.plan.kernels import SHARE, kernel_flops
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -27,16 +27,17 @@ VIEW = 'custom_call_target="ConcatBitcast"'
 
 @dataclass(frozen=True)
 class Scheduled:
-    """An instruction that runs by itself, `repeats` times, in a computation."""
+    """An instruction that runs by itself, `repeats` times, in a computation. estimate: cycles of one run, if there is one."""
 
     instruction: Instruction
     repeats: int
     computation: str
+    estimate: int | None
 
     @property
     def cycles(self) -> int:
         """Of all its runs; 0 without an estimate."""
-        return self.repeats * (self.instruction.cycles or 0)
+        return self.repeats * (self.estimate or 0)
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,14 @@ class Collective:
 
 
 class Program:
-    """A module's text, such as `compiled.as_text()`; ValueError when there is no entry computation in it."""
+    """A module's text, such as `compiled.as_text()`; ValueError when there is no entry computation in it.
 
-    def __init__(self, text: str):
+    schedules: of jdiff's own kernels, by `bundles.collect`, for a chip that reads so many bytes of HBM in a cycle.
+    """
+
+    def __init__(self, text: str, schedules: Mapping[str, int] | None = None, bytes_per_cycle: float = math.inf):
         self.computations, self.entry = hlo.parse(text)
+        self.schedules, self.bytes_per_cycle = schedules or {}, bytes_per_cycle
 
     @cached_property
     def _walked(self) -> tuple[list[Scheduled], list[str]]:
@@ -84,7 +89,18 @@ class Program:
                     for name in made.calls(key):
                         yield from self._walk(name, repeats, unknown)
             elif made.opcode not in FREE and VIEW not in made.text:
-                yield Scheduled(made, repeats, computation)
+                yield Scheduled(made, repeats, computation, self._estimate(made, computation))
+
+    def _estimate(self, made: Instruction, computation: str) -> int | None:
+        if made.steps is None:
+            return made.cycles
+        arrays = [*made.arrays, *self._inputs(made, computation)]
+        far = sum(array.bytes for array in arrays if not array.near)
+        return bundles.cycles(made.name, made.steps, far, self.schedules, self.bytes_per_cycle)
+
+    def _inputs(self, made: Instruction, computation: str) -> list[Array]:
+        types = {other.name: other.arrays for other in self.computations[computation]}
+        return [array for name in made.operands for array in types[name][:1]]
 
     @property
     def cycles(self) -> int:
@@ -97,9 +113,7 @@ class Program:
         found: dict[int, int] = {}
         for place, made in enumerate(self.scheduled):
             if made.instruction.opcode == "custom-call":
-                types = {other.name: other.arrays for other in self.computations[made.computation]}
-                operands = [array for name in made.instruction.operands for array in types[name][:1]]
-                flops = kernel_flops(made.instruction.name, operands)
+                flops = kernel_flops(made.instruction.name, self._inputs(made.instruction, made.computation))
                 if flops is not None:
                     found[place] = made.repeats * flops
         return found
@@ -122,7 +136,7 @@ class Program:
         known, total = 0, 0
         for made in self._estimable:
             size = made.repeats * sum(array.bytes for array in made.instruction.arrays)
-            known += size * (made.instruction.cycles is not None)
+            known += size * (made.estimate is not None)
             total += size
         return known / max(total, 1)
 
@@ -131,7 +145,7 @@ class Program:
         """Opcode -> how many runs have no estimate; custom calls with their target."""
         found: Counter[str] = Counter()
         for made in self._estimable:
-            if made.instruction.cycles is None:
+            if made.estimate is None:
                 target = re.search(r'custom_call_target="([^"]*)"', made.instruction.text)
                 found[f"{made.instruction.opcode} {target[1]}" if target else made.instruction.opcode] += made.repeats
         return found

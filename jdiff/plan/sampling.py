@@ -3,13 +3,14 @@
 import dataclasses
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jdiff import diffusion, quant, sharding, target, tree
-from jdiff.plan import topology
+from jdiff.plan import bundles, topology
 from jdiff.plan.program import Program
 
 
@@ -47,8 +48,13 @@ def stored(model: Any, recipe: str | None, dtype: Any = None) -> Any:
     return jax.tree.map(keep, made, is_leaf=lambda leaf: isinstance(leaf, quant.QTensor))
 
 
-def compile_step(model: Any, recipe: str | None, batch: int, machine: str, dtype: Any = None) -> Step:
-    """`ddim_step` of `batch` pictures (twice the rows, by guidance) on the first device of a machine. Errors as `topology`'s."""
+def compile_step(
+    model: Any, recipe: str | None, batch: int, machine: str, dtype: Any = None, schedules: Path | None = None
+) -> Step:
+    """`ddim_step` of `batch` pictures (twice the rows, by guidance) on the first device of a machine. Errors as `topology`'s.
+
+    schedules: the folder of `bundles.record`, by which kernels are counted too.
+    """
     where = topology.parse(machine)
     mesh = sharding.make_mesh(1, 1, 1, topology.devices(where)[:1])
     put = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))  # noqa: E731
@@ -61,4 +67,6 @@ def compile_step(model: Any, recipe: str | None, batch: int, machine: str, dtype
         compiled: Any = step.lower(*jax.tree.map(put, (params, *rows))).compile()
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
-    return Step(Program(compiled.as_text()), quant.size(params), stats.temp_size_in_bytes, seconds)
+    made = bundles.collect(schedules) if schedules else None
+    program = Program(compiled.as_text(), made, where.chip.bytes_per_cycle)
+    return Step(program, quant.size(params), stats.temp_size_in_bytes, seconds)

@@ -23,24 +23,33 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Chip:
     """What a maker says of one chip. kind: how its `device_kind` begins. memory: bytes. link: bytes a second that it sends to
-    others of its pod or server. flops_per_cycle: bf16, of the cycles that XLA:TPU estimates; None where there are none."""
+    others of its pod or server. flops_per_cycle: bf16, of the cycles that XLA:TPU estimates; bandwidth: bytes of its memory that it
+    reads in a second; both None where nothing asks."""
 
     kind: str
     memory: int
     link: float
     flops_per_cycle: int | None = None
+    bandwidth: float | None = None
 
     @property
     def peak(self) -> float | None:
         """Dense bf16 FLOP/s; None of a CPU's."""
         return PEAK_FLOPS.get(self.kind)
 
+    @property
+    def bytes_per_cycle(self) -> float:
+        """Of its memory; without end where it is not known."""
+        if self.bandwidth is None or self.flops_per_cycle is None or self.peak is None:
+            return math.inf
+        return self.bandwidth * self.flops_per_cycle / self.peak
+
 
 TPUS = {
-    "v4": Chip("TPU v4", 32 * GIB, 300e9, 262_144),
-    "v5e": Chip("TPU v5 lite", 16 * GIB, 200e9, 131_072),
-    "v5p": Chip("TPU v5", 95 * GIB, 600e9, 262_144),
-    "v6e": Chip("TPU v6 lite", 32 * GIB, 448e9, 524_288),
+    "v4": Chip("TPU v4", 32 * GIB, 300e9, 262_144, 1228e9),
+    "v5e": Chip("TPU v5 lite", 16 * GIB, 200e9, 131_072, 819e9),
+    "v5p": Chip("TPU v5", 95 * GIB, 600e9, 262_144, 2765e9),
+    "v6e": Chip("TPU v6 lite", 32 * GIB, 448e9, 524_288, 1640e9),
 }
 GPUS = {
     "a100": Chip("NVIDIA A100", 80 * 10**9, 300e9),

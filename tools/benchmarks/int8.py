@@ -1,8 +1,10 @@
 """A guided DDIM step of a DiT in floats and in integers: on this machine, and by XLA:TPU's estimate on a v5e."""
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from benchmarks.devices import over_devices
 from benchmarks.timing import Call, Row, alternate, apart, close
 from benchmarks.weights import random_dit
 from jdiff import quant
-from jdiff.plan import sampling, topology
+from jdiff.plan import bundles, sampling, topology
 
 MACHINE = "v5e:1x1"
 TOLERANCES = {"w8a8": 2e-3, "w8": 2e-3}
@@ -72,10 +74,12 @@ def _estimate(args: argparse.Namespace) -> Row:
     row: Row = {"case": f"{args.tpu_model} tpu {MACHINE} b{args.batch}"}
     model = jdiff.create(args.tpu_model, dtype=jnp.bfloat16)
     try:
-        sides = {
-            name: sampling.compile_step(model, recipe, args.batch, MACHINE, jnp.bfloat16)
-            for name, recipe in {"bf16": None, **{name: name for name in INTEGERS}}.items()
-        }
+        with tempfile.TemporaryDirectory() as folder:
+            bundles.record(Path(folder))
+            sides = {
+                name: sampling.compile_step(model, recipe, args.batch, MACHINE, jnp.bfloat16, Path(folder))
+                for name, recipe in {"bf16": None, **{name: name for name in INTEGERS}}.items()
+            }
     except ValueError as error:
         return row | {"skipped": str(error)}
     chip = topology.parse(MACHINE).chip
@@ -83,6 +87,7 @@ def _estimate(args: argparse.Namespace) -> Row:
     for name, made in sides.items():
         row[f"{name}_cycles"] = made.program.cycles
         row[f"{name}_estimated_ms"] = round(made.program.cycles * chip.flops_per_cycle / chip.peak * 1e3, 2)
+        row[f"{name}_kernel_cycles"] = sum(x.cycles for x in made.program.scheduled if x.instruction.steps)
         row[f"{name}_share_estimated"] = round(made.program.share_estimated, 3)
         row[f"{name}_params_mb"] = round(made.params / 1e6, 1)
     for name in INTEGERS:

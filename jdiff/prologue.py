@@ -1,0 +1,38 @@
+"""What comes before a product and is not made yet: the product says in what numbers it takes it.
+
+In front of a product of integers XLA:TPU fuses nothing but a bare conversion. What normalises or attends, and rounds in the same
+pass, is a kernel; it has to know the step that it rounds to, which the product's QTensor holds.
+"""
+
+import abc
+from typing import Any, TypeAlias
+
+import jax
+
+
+class Prologue(abc.ABC):
+    """A pytree of the arrays that it is made of. shape, dtype: of the array that it stands for."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any: ...
+
+    @abc.abstractmethod
+    def floats(self) -> jax.Array:
+        """The array."""
+
+    @abc.abstractmethod
+    def rounds(self) -> bool:
+        """Whether there is a kernel for `integers` on the platform that is traced for."""
+
+    @abc.abstractmethod
+    def integers(self, step: jax.Array) -> jax.Array:
+        """int8 near `floats() / step`, clipped to 127; step: a number. It has no gradient."""
+
+
+Input: TypeAlias = jax.Array | Prologue
+"""What a layer of products takes."""
