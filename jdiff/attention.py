@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jdiff import target
 from jdiff.pallas import splash, whole_attention
+from jdiff.primal import quicker
 from jdiff.prologue import Prologue
 from jdiff.sums import row_sum
 
@@ -60,11 +61,49 @@ class Attended(Prologue):
     def floats(self) -> jax.Array:
         return attention(self.q_BLNK, self.k_BSNK, self.v_BSNK).reshape(self.shape)
 
-    def rounds(self) -> bool:
+    def rounds(self, fixed: bool) -> bool:
         return target.platform() == "tpu" and whole_attention.takes(self.q_BLNK, self.k_BSNK)
 
-    def integers(self, step: jax.Array) -> jax.Array:
-        return whole_attention.attend(self.q_BLNK, self.k_BSNK, self.v_BSNK, step)
+    def integers(self, step: jax.Array | None) -> list[jax.Array]:
+        return whole_attention.rounded(self.q_BLNK, self.k_BSNK, self.v_BSNK, step)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["qkv_BLE"], meta_fields=["heads"])
+@dataclasses.dataclass(eq=False)
+class JoinedAttended(Prologue):
+    """`Attended`, of queries, keys and values side by side, as one product makes them: (B, L, 3 D)."""
+
+    qkv_BLE: jax.Array
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        B, L, E = self.qkv_BLE.shape
+        return B, L, E // 3
+
+    @property
+    def dtype(self) -> Any:
+        return self.qkv_BLE.dtype
+
+    def apart(self) -> Attended:
+        B, L, D = self.shape
+        return Attended(*(x.reshape(B, L, self.heads, D // self.heads) for x in jnp.split(self.qkv_BLE, 3, -1)))
+
+    def floats(self) -> jax.Array:
+        plain = lambda self: self.apart().floats()  # noqa: E731
+        quick = lambda self: whole_attention.attend_joined(self.qkv_BLE, self.heads)  # noqa: E731
+        return (quicker(quick, plain) if self._has_kernel() else plain)(self)
+
+    def _has_kernel(self) -> bool:
+        return target.platform() == "tpu" and whole_attention.takes_joined(self.qkv_BLE, self.heads)
+
+    def rounds(self, fixed: bool) -> bool:
+        return self._has_kernel() or self.apart().rounds(fixed)
+
+    def integers(self, step: jax.Array | None) -> list[jax.Array]:
+        if self._has_kernel():
+            return whole_attention.rounded_joined(self.qkv_BLE, self.heads, step)
+        return self.apart().integers(step)
 
 
 MOST_SCORES = 2**20

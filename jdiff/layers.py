@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdiff import target, weights
-from jdiff.pallas import modulated
+from jdiff.pallas import activated, integers, modulated
+from jdiff.primal import quicker
 from jdiff.prologue import Input, Prologue
 from jdiff.rows import boundary, rows_apart
 from jdiff.sums import row_sum
@@ -70,11 +71,33 @@ class SplitDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Input) -> list[jax.Array]:
+        return self._made(*self._operands(x))
+
+    def _operands(self, x: Input) -> tuple[Input, Any, jax.Array]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         x = _taken(x, kernel, self.dtype)
-        bias = self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
+        return x, kernel, self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
+
+    def _made(self, x: Input, kernel: Any, bias: jax.Array) -> list[jax.Array]:
         parts = weights.split_dot(x, kernel, self.parts)
         return [rows_apart(y) + b for y, b in zip(parts, jnp.split(bias, self.parts), strict=True)]
+
+
+class JoinedDense(SplitDense):
+    """`SplitDense`, whose parts come side by side in one array (..., features), for what reads them there.
+
+    On a TPU one product makes them where no gradient is taken. Elsewhere they are joined to be taken apart: XLA does neither.
+    keep: what is done to each part before it is joined (`checkpoint_name`).
+    """
+
+    keep: Callable[[jax.Array], jax.Array] = lambda y: y
+
+    @nn.compact
+    def __call__(self, x: Input) -> jax.Array:
+        x, kernel, bias = self._operands(x)
+        joined = lambda *operands: jnp.concatenate([self.keep(y) for y in self._made(*operands)], -1)  # noqa: E731
+        whole = lambda x, kernel, bias: rows_apart(weights.dot(x, kernel)) + bias  # noqa: E731
+        return (quicker(whole, joined) if target.platform() == "tpu" else joined)(x, kernel, bias)
 
 
 class Conv(nn.Module):
@@ -230,11 +253,38 @@ class Modulated(Prologue):
     def floats(self) -> jax.Array:
         return layer_norm(self.x_BLD, self.eps) * (1 + self.scale_BD[:, None]) + self.shift_BD[:, None]
 
-    def rounds(self) -> bool:
-        return target.platform() == "tpu" and modulated.takes(self.x_BLD)
+    def rounds(self, fixed: bool) -> bool:
+        return target.platform() == "tpu" and integers.takes(self.x_BLD)
 
-    def integers(self, step: jax.Array) -> jax.Array:
-        return modulated.integers(self.x_BLD, self.shift_BD, self.scale_BD, self.eps, step)
+    def integers(self, step: jax.Array | None) -> list[jax.Array]:
+        return modulated.rounded(self.x_BLD, self.shift_BD, self.scale_BD, self.eps, step)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x_BLF"], meta_fields=[])
+@dataclasses.dataclass(eq=False)
+class Activated(Prologue):
+    """GELU, tanh-approximated, as the input of a product."""
+
+    x_BLF: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x_BLF.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.x_BLF.dtype
+
+    def floats(self) -> jax.Array:
+        return gelu_tanh(self.x_BLF)
+
+    def rounds(self, fixed: bool) -> bool:
+        """By a fixed step XLA:TPU rounds behind the product that makes x, at no cost."""
+        return target.platform() == "tpu" and not fixed and integers.takes(self.x_BLF)
+
+    def integers(self, step: jax.Array | None) -> list[jax.Array]:
+        assert step is None
+        return activated.rounded(gelu_tanh, self.x_BLF)
 
 
 class LayerNorm(nn.Module):

@@ -26,12 +26,13 @@ class Prologue(abc.ABC):
         """The array."""
 
     @abc.abstractmethod
-    def rounds(self) -> bool:
-        """Whether there is a kernel for `integers` on the platform that is traced for."""
+    def rounds(self, fixed: bool) -> bool:
+        """Whether the platform that is traced for has a kernel for `integers` by a fixed step, or by one a token."""
 
     @abc.abstractmethod
-    def integers(self, step: jax.Array) -> jax.Array:
-        """int8 near `floats() / step`, clipped to 127; step: a number. It has no gradient."""
+    def integers(self, step: jax.Array | None) -> list[jax.Array]:
+        """[int8 near `floats() / step`, clipped to 127]; step: a number. For None by a step a token (..., 1), that of its largest
+        value, which is made too. It has no gradient."""
 
 
 Input: TypeAlias = jax.Array | Prologue

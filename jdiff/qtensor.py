@@ -244,17 +244,20 @@ def _columns(w: QTensor, parts: int) -> list[QTensor]:
 
 
 def takes(x: Prologue, w: Kernel) -> bool:
-    """Whether the product is of integers that x can be made in: those of one fixed step."""
-    return isinstance(w, QTensor) and is_integer(None, w) and w.step is not None and w.step.size == 1 and x.rounds()
+    """Whether the product is of integers that x can be made in: all inputs have the same step, or one a token."""
+    if not isinstance(w, QTensor) or not is_integer(None, w):
+        return False
+    return w.scale.shape[-2] == 1 and x.rounds(w.step is not None)
 
 
 def _of_prologue(x: Prologue, w: QTensor, parts: int) -> list[jax.Array]:
     """`split_dot` of what is rounded as it is made; where a gradient is taken, of floats."""
 
     def quick(x: Prologue, w: QTensor) -> list[jax.Array]:
-        x_s8, columns = x.integers(w.step), _columns(w, parts)
+        x_s8, *steps = x.integers(w.step)
+        step, columns = steps[0] if steps else w.step, _columns(w, parts)
         sums = [_accumulate(None, x_s8, column.qvalue).astype(jnp.float32) for column in columns]
-        return [(y * (w.step * column.scale)).astype(x.dtype) for y, column in zip(sums, columns, strict=True)]
+        return [(y * (step * column.scale)).astype(x.dtype) for y, column in zip(sums, columns, strict=True)]
 
     return quicker(quick, lambda x, w: split_dot(x.floats(), w, parts))(x, w)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -36,21 +36,26 @@ def boundary(x: jax.Array) -> jax.Array:
     return rows_apart(x, None)
 
 
+Axes: TypeAlias = Sequence[str | None]
+"""How an array lies, an entry an axis: "rows" where the batch's rows are shared out, "tensor" for that axis of the mesh, None where
+it is whole."""
+
+
 def on_each_device(
-    kernel: Callable[..., jax.Array], *args: jax.Array, lie: Sequence[Sequence[str | None]], out: Sequence[str | None]
-) -> jax.Array:
+    kernel: Callable[..., Sequence[jax.Array]], *args: jax.Array, lie: Sequence[Axes], out: Sequence[Axes]
+) -> list[jax.Array]:
     """`kernel(*args)`, on each device of the mesh in use with what it has of them: the compiler cannot split a kernel over devices.
 
-    lie: for each argument, and out: for what is made, an entry an axis: "rows" where the batch's rows are shared out, "tensor" for
-    that axis of the mesh, None where it is whole. Rows of the first argument that do not divide are whole everywhere.
+    lie, out: of each argument, and of all that is made. Rows of the first argument that do not divide are whole everywhere.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    made = lambda *args: list(kernel(*args))  # noqa: E731
     if mesh.empty or mesh.size == 1:
-        return kernel(*args)
+        return made(*args)
     rows = row_axes(mesh, args[0].shape[0])
     spec = lambda axes: PartitionSpec(*[rows if axis == "rows" else axis for axis in axes])  # noqa: E731
-    specs = tuple(spec(axes) for axes in lie)
-    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=spec(out), check_vma=False)(*args)
+    inputs, outputs = tuple(map(spec, lie)), [spec(axes) for axes in out]
+    return jax.shard_map(made, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)(*args)
 
 
 def heads_apart(heads: int) -> str | None:

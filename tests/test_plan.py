@@ -402,6 +402,28 @@ def test_w8a8_multiplies_integers_on_a_tpu():
 
 @pytest.mark.slow
 @needs_libtpu
+@pytest.mark.parametrize("machine", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("recipe", [None, "w8a8", "w8a8-static"])
+@pytest.mark.parametrize(("name", "size"), [("DiT-XL/2", 32), ("DiT-S/2", 16), ("DiT-L/2", 32)])
+def test_kernels_of_sampling_compile_for_a_tpu(machine, recipe, name, size):
+    """On one chip, and on four that share out rows and heads: as many as the recipe has. 64 tokens are too few for attention's."""
+    devices = topology.devices(topology.parse(machine))
+    model = jdiff.create(name, image_size=size, depth=1, dtype=jnp.bfloat16)
+    expected = {None: Counter(), "w8a8-static": Counter(modulated=2), "w8a8": Counter(modulated=2, activated=1)}[recipe]
+    expected += Counter(whole_attention=int(size == 32))
+    for mesh in (sharding.make_mesh(1, 1, 1, devices[:1]), sharding.make_mesh(2, 1, 2, devices)):
+        lie = lambda how, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how(mesh))  # noqa: E731, B023
+        params = jax.tree.map(partial(lie, sharding.replicated), sampling.stored(model, recipe, jnp.bfloat16))
+        inputs = jax.tree.map(partial(lie, sharding.batch_sharding), jax.eval_shape(lambda: model.dummy_inputs(4)))
+        apply = sharding.in_use(mesh, lambda params, *inputs: model.apply({"params": params}, *inputs))
+        with target.compiling_for("tpu"):
+            program = Program(jax.jit(apply).lower(params, *inputs).compile().as_text())
+        names = (x.instruction.name.partition(".")[0] for x in program.scheduled if x.instruction.steps)
+        assert Counter(names) == expected
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_int8_samples_half_as_fast_again_on_a_tpu():
     """DiT-XL/2 by XLA:TPU's estimates and its schedules of jdiff's kernels, in a process that has libtpu write them down."""
     command = [sys.executable, str(ROOT / "tools" / "bench.py"), "int8", "--only", "tpu"]

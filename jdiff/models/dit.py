@@ -15,14 +15,14 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jdiff import tree
-from jdiff.attention import Attended
+from jdiff.attention import Attended, JoinedAttended
 from jdiff.layers import (
+    Activated,
     Conv,
     Dense,
     Embed,
+    JoinedDense,
     Modulated,
-    SplitDense,
-    gelu_tanh,
     sincos_positions_2d,
     timestep_embedding,
     xavier_uniform,
@@ -54,13 +54,16 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Input) -> jax.Array:
         B, L, D = x_BLD.shape
-        qkv = SplitDense(3 * D, 3, dtype=self.dtype, name="qkv")(x_BLD)
-        heads = (B, L, self.num_heads, D // self.num_heads)
-        q_BLNK, k_BLNK, v_BLNK = (product(y_BLD.reshape(heads)) for y_BLD in qkv)
+        # kept as attention takes them: of other shapes XLA:CPU would keep, and copy, others
+        keep = lambda y_BLD: product(y_BLD.reshape(B, L, self.num_heads, D // self.num_heads)).reshape(B, L, D)  # noqa: E731
+        qkv_BLE = JoinedDense(3 * D, 3, dtype=self.dtype, keep=keep, name="qkv")(x_BLD)
+        attended = JoinedAttended(qkv_BLE, self.num_heads)
         if self.qk_norm:
-            q_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="q_norm")(q_BLNK)
-            k_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="k_norm")(k_BLNK)
-        return product(Dense(D, dtype=self.dtype, name="proj")(Attended(q_BLNK, k_BLNK, v_BLNK)))
+            apart = attended.apart()
+            q_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="q_norm")(apart.q_BLNK)
+            k_BLNK = nn.RMSNorm(epsilon=EPS, dtype=self.dtype, name="k_norm")(apart.k_BSNK)
+            attended = Attended(q_BLNK, k_BLNK, apart.v_BSNK)
+        return product(Dense(D, dtype=self.dtype, name="proj")(attended))
 
 
 class Mlp(nn.Module):
@@ -72,7 +75,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Input) -> jax.Array:
         h_BLF = product(Dense(self.hidden, dtype=self.dtype, name="fc1")(x_BLD))
-        return product(Dense(x_BLD.shape[-1], dtype=self.dtype, follows=True, name="fc2")(gelu_tanh(h_BLF)))
+        return product(Dense(x_BLD.shape[-1], dtype=self.dtype, follows=True, name="fc2")(Activated(h_BLF)))
 
 
 class Block(nn.Module):

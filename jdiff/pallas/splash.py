@@ -4,6 +4,7 @@ Shapes: B batch, L queries, S keys, N heads, K head dim.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def takes(q_BLNK: jax.Array, k_BSNK: jax.Array) -> bool:
 def attend(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v: (B, L, N, K). Each device of a mesh takes its rows and its heads."""
     lie = ("rows", None, heads_apart(q_BLNK.shape[2]))
-    return on_each_device(_on_one, q_BLNK, k_BSNK, v_BSNK, lie=[lie] * 3, out=lie)
+    return on_each_device(_on_one, q_BLNK, k_BSNK, v_BSNK, lie=[lie] * 3, out=[lie])[0]
 
 
 def _largest_divisor(length: int, most: int, of: int) -> int:
@@ -38,7 +39,7 @@ def _largest_divisor(length: int, most: int, of: int) -> int:
     return next(n for n in range(most // of * of, 0, -of) if length % n == 0)
 
 
-def _on_one(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array:
+def _on_one(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> Sequence[jax.Array]:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     (L, N, K), S = q_BLNK.shape[1:], k_BSNK.shape[1]
@@ -60,4 +61,4 @@ def _on_one(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Arra
         mask, block_sizes=blocks, residual_checkpoint_name="attention"
     )
     q_BNLK, k_BNSK, v_BNSK = (jnp.swapaxes(x, 1, 2) for x in (q_BLNK * K**-0.5, k_BSNK, v_BSNK))
-    return jnp.swapaxes(jax.vmap(kernel)(q_BNLK, k_BNSK, v_BNSK), 1, 2)
+    return [jnp.swapaxes(jax.vmap(kernel)(q_BNLK, k_BNSK, v_BNSK), 1, 2)]

@@ -8,13 +8,15 @@ Shapes: B batch, L queries, S keys, N heads, K head dim, D = N K.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jdiff.pallas.integers import SUBLANES, as_integers
+from jdiff.pallas import integers
+from jdiff.pallas.integers import SUBLANES
 from jdiff.rows import heads_apart, on_each_device
 from jdiff.sums import LANES
 
@@ -24,34 +26,87 @@ MOST_TOKENS = 512
 
 def takes(q_BLNK: jax.Array, k_BSNK: jax.Array) -> bool:
     """Whether `attend` has been compiled for such."""
-    (_, L, _, K), S = q_BLNK.shape, k_BSNK.shape[1]
-    return q_BLNK.dtype == jnp.bfloat16 and K % SUBLANES == L % LANES == S % LANES == 0 and max(L, S) <= MOST_TOKENS
+    return _takes(q_BLNK.dtype, q_BLNK.shape[1], k_BSNK.shape[1], q_BLNK.shape[3])
 
 
-def attend(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, step: jax.Array | None = None) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v, heads side by side: (B, L, D), bfloat16, or int8 that are multiples of `step`, a number.
+def takes_joined(qkv_BLE: jax.Array, heads: int) -> bool:
+    """Whether `attend_joined` has been compiled for such; not for a mesh whose devices share out the heads."""
+    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    (_, L, E), D = qkv_BLE.shape, qkv_BLE.shape[2] // 3
+    return tensor == 1 and D % LANES == 0 and _takes(qkv_BLE.dtype, L, L, E // (3 * heads))
+
+
+def _takes(dtype: Any, L: int, S: int, K: int) -> bool:
+    return dtype == jnp.bfloat16 and K % SUBLANES == L % LANES == S % LANES == 0 and max(L, S) <= MOST_TOKENS
+
+
+def attend(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v, heads side by side: (B, L, D), bfloat16.
 
     Products add up in fp32, and the softmax is in it. Each device of a mesh takes its rows and its heads. It has no gradient.
     """
-    N, K = q_BLNK.shape[2:]
-    arrays = [x.reshape(*x.shape[:2], N * K) for x in (q_BLNK, k_BSNK, v_BSNK)]
-    inverse = [] if step is None else [1 / step.astype(jnp.float32).reshape(1)]
-    lie = ("rows", None, heads_apart(N))
-    return on_each_device(partial(_on_one, K), *arrays, *inverse, lie=[lie] * 3 + [(None,)] * len(inverse), out=lie)
+    return _on_each(_side_by_side(q_BLNK, k_BSNK, v_BSNK), q_BLNK.shape[2], APART, None)[0]
 
 
-def _on_one(K: int, q_BLD: jax.Array, k_BSD: jax.Array, v_BSD: jax.Array, *inverse: jax.Array) -> jax.Array:
+def rounded(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, step: jax.Array | None) -> list[jax.Array]:
+    """`attend`, rounded: int8 (B, L, D), and steps (B, L, 1) where none is given."""
+    return _on_each(_side_by_side(q_BLNK, k_BSNK, v_BSNK), q_BLNK.shape[2], APART, integers.inverse(step))
+
+
+def attend_joined(qkv_BLE: jax.Array, heads: int) -> jax.Array:
+    """`attend`, of queries, keys and values side by side in one array, as one product made them: (B, L, E), E = 3 D."""
+    return _on_each([qkv_BLE] * 3, heads, JOINED, None)[0]
+
+
+def rounded_joined(qkv_BLE: jax.Array, heads: int, step: jax.Array | None) -> list[jax.Array]:
+    """`rounded`, of such."""
+    return _on_each([qkv_BLE] * 3, heads, JOINED, integers.inverse(step))
+
+
+APART, JOINED = (0, 0, 0), (0, 1, 2)
+"""Places of queries, keys and values in their arrays, counted in D."""
+
+
+def _side_by_side(*arrays: jax.Array) -> list[jax.Array]:
+    return [x.reshape(*x.shape[:2], -1) for x in arrays]
+
+
+def _on_each(
+    arrays: list[jax.Array], heads: int, places: tuple[int, ...], inverse: list[jax.Array] | None
+) -> list[jax.Array]:
+    """inverse: None for floats."""
+    D, numbers = arrays[0].shape[2] // (1 + max(places)), inverse or []
+    lie, whole = ("rows", None, heads_apart(heads)), ("rows", None, None)
+    if inverse == []:  # a token's largest value is one of all heads
+        lie = whole
+    kernel = partial(_on_one, D // heads, places, inverse is not None)
+    out = [lie] if inverse is None or inverse else [lie, whole]
+    return on_each_device(kernel, *arrays, *numbers, lie=[lie] * 3 + [(None,)] * len(numbers), out=out)
+
+
+def _on_one(
+    K: int,
+    places: tuple[int, ...],
+    rounds: bool,
+    q_BLD: jax.Array,
+    k_BSD: jax.Array,
+    v_BSD: jax.Array,
+    *inverse: jax.Array,
+) -> Sequence[jax.Array]:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    (B, L, D), S = q_BLD.shape, k_BSD.shape[1]
-    row = lambda tokens: pl.BlockSpec((None, tokens, D), lambda i: (i, 0, 0))  # noqa: E731
+    (B, L, _), S, D = q_BLD.shape, k_BSD.shape[1], q_BLD.shape[2] // (1 + max(places))
+    row = lambda tokens, width, place=0: pl.BlockSpec((None, tokens, width), lambda i: (i, 0, place))  # noqa: E731
+    inputs = [row(tokens, D, place) for tokens, place in zip((L, S, S), places, strict=True)]
+    floats = [jax.ShapeDtypeStruct((B, L, D), q_BLD.dtype)]
+    shapes = integers.shapes((B, L, D), inverse) if rounds else floats
     return pl.pallas_call(
-        partial(_one_row, K),
+        partial(_one_row, K, rounds, len(inverse)),
         grid=(B,),
-        in_specs=[row(L), row(S), row(S), *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in inverse]],
-        out_specs=row(L),
-        out_shape=jax.ShapeDtypeStruct(q_BLD.shape, jnp.int8 if inverse else q_BLD.dtype),
+        in_specs=[*inputs, *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in inverse]],
+        out_specs=[row(L, shape.shape[-1]) for shape in shapes],
+        out_shape=shapes,
         scratch_shapes=[pltpu.VMEM((D, S), v_BSD.dtype), pltpu.VMEM((D, L), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         name="whole_attention",
@@ -59,9 +114,9 @@ def _on_one(K: int, q_BLD: jax.Array, k_BSD: jax.Array, v_BSD: jax.Array, *inver
     )(q_BLD, k_BSD, v_BSD, *inverse)
 
 
-def _one_row(K: int, q_LD: Any, k_SD: Any, v_SD: Any, *rest: Any) -> None:
-    """rest: 1 / step where there is one, the output, and room for values and output with tokens last."""
-    *inverse, out_LD, v_DS, out_DL = rest
+def _one_row(K: int, rounds: bool, fixed: int, q_LD: Any, k_SD: Any, v_SD: Any, *rest: Any) -> None:
+    """rest: 1 / step where it is fixed, the outputs, and room for values and output with tokens last."""
+    *outputs, v_DS, out_DL = rest[fixed:]
     heads = q_LD.shape[1] // K
     scale = math.log2(math.e) / math.sqrt(K)
     ones_8S = jnp.ones((SUBLANES, k_SD.shape[0]), v_SD.dtype)
@@ -91,5 +146,7 @@ def _one_row(K: int, q_LD: Any, k_SD: Any, v_SD: Any, *rest: Any) -> None:
             finish(n - 2, p_SL.pop(n - 2))
         if 1 <= n <= heads:
             p_SL[n - 1] = softened(s_SL.pop(n - 1))
-    out = out_DL[...].T
-    out_LD[...] = as_integers(out * inverse[0][0]) if inverse else out.astype(out_LD.dtype)
+    if rounds:
+        integers.write(out_DL[...].T, rest[:fixed], outputs)
+    else:
+        outputs[0][...] = out_DL[...].T.astype(outputs[0].dtype)

@@ -53,7 +53,9 @@ class Instruction:
 
     @property
     def steps(self) -> int | None:
-        """Of a kernel's grid, where its metadata says so."""
+        """Of a kernel's grid, where its metadata says so; what reads a kernel's outputs may have that metadata, too."""
+        if self.opcode != "custom-call":
+            return None
         found = re.search(r'kernel_metadata=\{[^}]*"steps":"(\d+)"', self.text)
         return int(found[1]) if found else None
 

@@ -94,13 +94,13 @@ class Program:
     def _estimate(self, made: Instruction, computation: str) -> int | None:
         if made.steps is None:
             return made.cycles
-        arrays = [*made.arrays, *self._inputs(made, computation)]
-        far = sum(array.bytes for array in arrays if not array.near)
+        read = dict(self._inputs(made, computation)).values()  # of one that is given twice each time a part
+        far = sum(array.bytes for array in (*made.arrays, *read) if not array.near)
         return bundles.cycles(made.name, made.steps, far, self.schedules, self.bytes_per_cycle)
 
-    def _inputs(self, made: Instruction, computation: str) -> list[Array]:
+    def _inputs(self, made: Instruction, computation: str) -> list[tuple[str, Array]]:
         types = {other.name: other.arrays for other in self.computations[computation]}
-        return [array for name in made.operands for array in types[name][:1]]
+        return [(name, array) for name in made.operands for array in types[name][:1]]
 
     @property
     def cycles(self) -> int:
@@ -113,7 +113,8 @@ class Program:
         found: dict[int, int] = {}
         for place, made in enumerate(self.scheduled):
             if made.instruction.opcode == "custom-call":
-                flops = kernel_flops(made.instruction.name, self._inputs(made.instruction, made.computation))
+                operands = [array for _, array in self._inputs(made.instruction, made.computation)]
+                flops = kernel_flops(made.instruction.name, operands)
                 if flops is not None:
                     found[place] = made.repeats * flops
         return found
