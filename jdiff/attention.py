@@ -54,10 +54,6 @@ class Attended(Prologue):
         B, L, N, K = self.q_BLNK.shape
         return B, L, N * K
 
-    @property
-    def dtype(self) -> Any:
-        return self.q_BLNK.dtype
-
     def floats(self) -> jax.Array:
         return attention(self.q_BLNK, self.k_BSNK, self.v_BSNK).reshape(self.shape)
 
@@ -80,10 +76,6 @@ class JoinedAttended(Prologue):
     def shape(self) -> tuple[int, ...]:
         B, L, E = self.qkv_BLE.shape
         return B, L, E // 3
-
-    @property
-    def dtype(self) -> Any:
-        return self.qkv_BLE.dtype
 
     def apart(self) -> Attended:
         B, L, D = self.shape

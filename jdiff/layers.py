@@ -58,8 +58,8 @@ def _taken(x: Input, kernel: Any, dtype: Dtype | None) -> Input:
     return x if isinstance(x, Prologue) else rows_apart(x.astype(dtype or x.dtype))
 
 
-class SplitDense(nn.Module):
-    """`Dense`, whose outputs come in equal parts: (..., in) -> `parts` of (..., features / parts).
+class _PartedDense(nn.Module):
+    """`Dense` in equal parts: (..., in) -> `parts` of (..., features / parts).
 
     Biases are added to the parts: XLA:TPU then adds up their gradients within the products that make those of the parts.
     """
@@ -69,22 +69,26 @@ class SplitDense(nn.Module):
     kernel_init: Initializer = xavier_uniform()
     dtype: Dtype | None = None
 
-    @nn.compact
-    def __call__(self, x: Input) -> list[jax.Array]:
-        return self._made(*self._operands(x))
-
     def _operands(self, x: Input) -> tuple[Input, Any, jax.Array]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         x = _taken(x, kernel, self.dtype)
         return x, kernel, self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
 
-    def _made(self, x: Input, kernel: Any, bias: jax.Array) -> list[jax.Array]:
+    def _apart(self, x: Input, kernel: Any, bias: jax.Array) -> list[jax.Array]:
         parts = weights.split_dot(x, kernel, self.parts)
         return [rows_apart(y) + b for y, b in zip(parts, jnp.split(bias, self.parts), strict=True)]
 
 
-class JoinedDense(SplitDense):
-    """`SplitDense`, whose parts come side by side in one array (..., features), for what reads them there.
+class SplitDense(_PartedDense):
+    """`Dense`, whose outputs come as a list of equal parts."""
+
+    @nn.compact
+    def __call__(self, x: Input) -> list[jax.Array]:
+        return self._apart(*self._operands(x))
+
+
+class JoinedDense(_PartedDense):
+    """`Dense` of equal parts, which lie side by side in one array (..., features), for what reads them there.
 
     On a TPU one product makes them where no gradient is taken. Elsewhere they are joined to be taken apart: XLA does neither.
     keep: what is done to each part before it is joined (`checkpoint_name`).
@@ -94,10 +98,10 @@ class JoinedDense(SplitDense):
 
     @nn.compact
     def __call__(self, x: Input) -> jax.Array:
-        x, kernel, bias = self._operands(x)
-        joined = lambda *operands: jnp.concatenate([self.keep(y) for y in self._made(*operands)], -1)  # noqa: E731
+        operands = self._operands(x)
+        joined = lambda *operands: jnp.concatenate([self.keep(y) for y in self._apart(*operands)], -1)  # noqa: E731
         whole = lambda x, kernel, bias: rows_apart(weights.dot(x, kernel)) + bias  # noqa: E731
-        return (quicker(whole, joined) if target.platform() == "tpu" else joined)(x, kernel, bias)
+        return (quicker(whole, joined) if target.platform() == "tpu" else joined)(*operands)
 
 
 class Conv(nn.Module):
@@ -242,14 +246,6 @@ class Modulated(Prologue):
     scale_BD: jax.Array
     eps: float
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.x_BLD.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.x_BLD.dtype
-
     def floats(self) -> jax.Array:
         return layer_norm(self.x_BLD, self.eps) * (1 + self.scale_BD[:, None]) + self.shift_BD[:, None]
 
@@ -266,14 +262,6 @@ class Activated(Prologue):
     """GELU, tanh-approximated, as the input of a product."""
 
     x_BLF: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.x_BLF.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.x_BLF.dtype
 
     def floats(self) -> jax.Array:
         return gelu_tanh(self.x_BLF)

@@ -11,15 +11,16 @@ import jax
 
 
 class Prologue(abc.ABC):
-    """A pytree of the arrays that it is made of. shape, dtype: of the array that it stands for."""
+    """A pytree of the arrays that it is made of. shape, dtype: of the array that it stands for; as the first one's, if it says no
+    other."""
 
     @property
-    @abc.abstractmethod
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        return jax.tree.leaves(self)[0].shape
 
     @property
-    @abc.abstractmethod
-    def dtype(self) -> Any: ...
+    def dtype(self) -> Any:
+        return jax.tree.leaves(self)[0].dtype
 
     @abc.abstractmethod
     def floats(self) -> jax.Array:
