@@ -424,6 +424,14 @@ def test_kernels_of_sampling_compile_for_a_tpu(machine, recipe, name, size):
 
 @pytest.mark.slow
 @needs_libtpu
+def test_schedules_are_to_be_recorded_before_libtpu_is_loaded(tmp_path):
+    topology.devices(topology.parse("v5e:1x1"))
+    with pytest.raises(RuntimeError, match="loaded already"):
+        bundles.record(tmp_path)
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_int8_samples_half_as_fast_again_on_a_tpu():
     """DiT-XL/2 by XLA:TPU's estimates and its schedules of jdiff's kernels, in a process that has libtpu write them down."""
     command = [sys.executable, str(ROOT / "tools" / "bench.py"), "int8", "--only", "tpu"]

@@ -16,7 +16,8 @@ LABEL = "final_hlo-static-per-bundle-utilization"
 
 def record(folder: Path) -> None:
     """From now on this process' libtpu writes schedules into a folder. RuntimeError where it is loaded already."""
-    if "libtpu" in Path("/proc/self/maps").read_text():
+    maps = Path("/proc/self/maps")  # Linux has it, as it alone has libtpu
+    if maps.exists() and "libtpu" in maps.read_text():
         raise RuntimeError("libtpu is loaded already, and reads only then where to write schedules: call this first")
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={LABEL}"
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
