@@ -23,22 +23,23 @@ def rounded(activation: Callable[[jax.Array], jax.Array], x_BLF: jax.Array) -> l
     Each device of a mesh takes its rows. It has no gradient.
     """
     tokens = ("rows", None, None)
-    return on_each_device(partial(_on_one, activation), x_BLF, lie=[tokens], out=[tokens] * 2)
+    out = [tokens, ("rows", None, None, None)]
+    return integers.by_token(on_each_device(partial(_on_one, activation), x_BLF, lie=[tokens], out=out))
 
 
 def _on_one(activation: Callable[[jax.Array], jax.Array], x_BLF: jax.Array) -> Sequence[jax.Array]:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    B, L, _ = x_BLF.shape
+    B, L, F = x_BLF.shape
     rows = integers.rows_at_once(L, MOST_ROWS)
-    shapes = integers.shapes(x_BLF.shape, [])
-    tokens = lambda width: pl.BlockSpec((None, rows, width), lambda i, j: (i, j, 0))  # noqa: E731
+    shapes, blocks = integers.outputs(x_BLF.shape, rows, [])
+    tokens = lambda block: pl.BlockSpec(block, lambda i, j: (i, j, 0, 0)[: len(block)])  # noqa: E731
     return pl.pallas_call(
         partial(_some_rows, activation),
         grid=(B, L // rows),
-        in_specs=[tokens(x_BLF.shape[-1])],
-        out_specs=[tokens(shape.shape[-1]) for shape in shapes],
+        in_specs=[tokens((None, rows, F))],
+        out_specs=[tokens(block) for block in blocks],
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         name="activated",

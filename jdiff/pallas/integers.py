@@ -5,7 +5,7 @@ which is made too.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,21 +31,36 @@ def inverse(step: jax.Array | None) -> list[jax.Array]:
     return [] if step is None else [1 / step.astype(jnp.float32).reshape(1)]
 
 
-def shapes(shape: tuple[int, ...], step: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
-    """Of a kernel's outputs (B, L, D): int8, and without a fixed step one a token (B, L, 1)."""
-    steps = [] if step else [jax.ShapeDtypeStruct((*shape[:-1], 1), jnp.float32)]
-    return [jax.ShapeDtypeStruct(shape, jnp.int8), *steps]
+Block: TypeAlias = tuple[int | None, ...]
+
+
+def outputs(
+    shape: tuple[int, ...], rows: int, step: Sequence[jax.Array]
+) -> tuple[list[jax.ShapeDtypeStruct], list[Block]]:
+    """What a kernel makes that takes so many tokens at a time, and blocks of it: int8 (B, L, D), and without a fixed step one a
+    token, beside one another: (B, L / rows, 1, rows)."""
+    B, L, D = shape
+    made, blocks = [jax.ShapeDtypeStruct(shape, jnp.int8)], list[Block]([(None, rows, D)])
+    if not step:
+        made.append(jax.ShapeDtypeStruct((B, L // rows, 1, rows), jnp.float32))
+        blocks.append((None, None, 1, rows))
+    return made, blocks
+
+
+def by_token(made: list[jax.Array]) -> list[jax.Array]:
+    """A kernel's outputs, steps as (B, L, 1)."""
+    return [made[0], *[steps.reshape(*made[0].shape[:2], 1) for steps in made[1:]]]
 
 
 def write(y_LD: jax.Array, inverse: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """Rounds fp32 to a kernel's outputs, as `shapes` has them. Not finite: NaN for a token's step, unseen where it is fixed."""
+    """Rounds fp32 to a kernel's outputs, as `outputs` has them. Not finite: NaN for a token's step, unseen where it is fixed."""
     if inverse:
         outputs[0][...] = _nearest(y_LD * inverse[0][0])
         return
     largest = jnp.abs(y_LD).max(-1, keepdims=True)
-    step = jnp.where(largest == 0, 1, jnp.where(largest == jnp.inf, jnp.nan, largest)) / 127.5
-    outputs[0][...] = _nearest(y_LD * (1 / step))
-    outputs[1][...] = step
+    step_L1 = jnp.where(largest == 0, 1, jnp.where(largest == jnp.inf, jnp.nan, largest)) / 127.5
+    outputs[0][...] = _nearest(y_LD * (1 / step_L1))
+    outputs[1][...] = jnp.broadcast_to(step_L1, (step_L1.shape[0], LANES)).T[:1]
 
 
 def _nearest(y: jax.Array) -> jax.Array:

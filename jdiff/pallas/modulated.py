@@ -28,8 +28,8 @@ def rounded(
     wide = shift_BD.astype(jnp.float32), scale_BD.astype(jnp.float32)  # of which a kernel can read any one row
     inverse = integers.inverse(step)
     lie = [tokens, of_row, of_row, *[(None,)] * len(inverse)]
-    out = [tokens] * (2 - len(inverse))
-    return on_each_device(partial(_on_one, eps), x_BLD, *wide, *inverse, lie=lie, out=out)
+    out = [tokens, ("rows", None, None, None)][: 2 - len(inverse)]
+    return integers.by_token(on_each_device(partial(_on_one, eps), x_BLD, *wide, *inverse, lie=lie, out=out))
 
 
 def _on_one(
@@ -41,14 +41,14 @@ def _on_one(
     B, L, D = x_BLD.shape
     rows = integers.rows_at_once(L, MOST_ROWS)
     some = min(B, integers.SUBLANES)  # of shifts and gains one row is not fetched alone
-    tokens = lambda width: pl.BlockSpec((None, rows, width), lambda i, j: (i, j, 0))  # noqa: E731
+    tokens = lambda block: pl.BlockSpec(block, lambda i, j: (i, j, 0, 0)[: len(block)])  # noqa: E731
     near = pl.BlockSpec((some, D), lambda i, j: (jax.lax.div(i, some), 0))
-    shapes = integers.shapes(x_BLD.shape, inverse)
+    shapes, blocks = integers.outputs(x_BLD.shape, rows, inverse)
     return pl.pallas_call(
         partial(_some_rows, eps, len(inverse)),
         grid=(B, L // rows),
-        in_specs=[tokens(D), near, near, *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in inverse]],
-        out_specs=[tokens(shape.shape[-1]) for shape in shapes],
+        in_specs=[tokens((None, rows, D)), near, near, *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in inverse]],
+        out_specs=[tokens(block) for block in blocks],
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         name="modulated",

@@ -50,7 +50,9 @@ def attend(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array
 
 def rounded(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array, step: jax.Array | None) -> list[jax.Array]:
     """`attend`, rounded: int8 (B, L, D), and steps (B, L, 1) where none is given."""
-    return _on_each(_side_by_side(q_BLNK, k_BSNK, v_BSNK), q_BLNK.shape[2], APART, integers.inverse(step))
+    return integers.by_token(
+        _on_each(_side_by_side(q_BLNK, k_BSNK, v_BSNK), q_BLNK.shape[2], APART, integers.inverse(step))
+    )
 
 
 def attend_joined(qkv_BLE: jax.Array, heads: int) -> jax.Array:
@@ -60,7 +62,7 @@ def attend_joined(qkv_BLE: jax.Array, heads: int) -> jax.Array:
 
 def rounded_joined(qkv_BLE: jax.Array, heads: int, step: jax.Array | None) -> list[jax.Array]:
     """`rounded`, of such."""
-    return _on_each([qkv_BLE] * 3, heads, JOINED, integers.inverse(step))
+    return integers.by_token(_on_each([qkv_BLE] * 3, heads, JOINED, integers.inverse(step)))
 
 
 APART, JOINED = (0, 0, 0), (0, 1, 2)
@@ -80,7 +82,7 @@ def _on_each(
     if inverse == []:  # a token's largest value is one of all heads
         lie = whole
     kernel = partial(_on_one, D // heads, places, inverse is not None)
-    out = [lie] if inverse is None or inverse else [lie, whole]
+    out = [lie] if inverse is None or inverse else [lie, (*whole, None)]
     return on_each_device(kernel, *arrays, *numbers, lie=[lie] * 3 + [(None,)] * len(numbers), out=out)
 
 
@@ -97,15 +99,16 @@ def _on_one(
     from jax.experimental.pallas import tpu as pltpu
 
     (B, L, _), S, D = q_BLD.shape, k_BSD.shape[1], q_BLD.shape[2] // (1 + max(places))
-    row = lambda tokens, width, place=0: pl.BlockSpec((None, tokens, width), lambda i: (i, 0, place))  # noqa: E731
-    inputs = [row(tokens, D, place) for tokens, place in zip((L, S, S), places, strict=True)]
-    floats = [jax.ShapeDtypeStruct((B, L, D), q_BLD.dtype)]
-    shapes = integers.shapes((B, L, D), inverse) if rounds else floats
+    row = lambda tokens, place: pl.BlockSpec((None, tokens, D), lambda i: (i, 0, place))  # noqa: E731
+    inputs = [row(tokens, place) for tokens, place in zip((L, S, S), places, strict=True)]
+    shapes, blocks = [jax.ShapeDtypeStruct((B, L, D), q_BLD.dtype)], [(None, L, D)]
+    if rounds:
+        shapes, blocks = integers.outputs((B, L, D), L, inverse)
     return pl.pallas_call(
         partial(_one_row, K, rounds, len(inverse)),
         grid=(B,),
         in_specs=[*inputs, *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in inverse]],
-        out_specs=[row(L, shape.shape[-1]) for shape in shapes],
+        out_specs=[pl.BlockSpec(block, lambda i, block=block: (i, 0, 0, 0)[: len(block)]) for block in blocks],
         out_shape=shapes,
         scratch_shapes=[pltpu.VMEM((D, S), v_BSD.dtype), pltpu.VMEM((D, L), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
