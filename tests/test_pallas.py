@@ -13,7 +13,7 @@ from jax.experimental import pallas
 
 import jdiff
 from jdiff import attention, layers, qtensor, quant, sharding, target, weights
-from jdiff.pallas import whole_attention
+from jdiff.pallas import integers, whole_attention
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +166,20 @@ def test_a_tokens_step_is_nan_where_it_is_not_finite_and_zeros_stay():
     bad = np.isnan(np.asarray(step[0, :, 0]))
     assert [*np.flatnonzero(bad)] == [3] and not np.asarray(found[0, 7]).any()
     assert (np.abs(np.asarray(found[0])[~bad]).max(-1) == 127).sum() == 30
+
+
+def test_what_does_not_fit_into_vector_memory_is_left_to_the_compiler():
+    row = lambda L, N, K: jax.ShapeDtypeStruct((2, L, N, K), jnp.bfloat16)  # noqa: E731
+    sizes = {
+        (256, 16, 72): True,
+        (384, 8, 160): True,
+        (256, 32, 128): False,
+        (512, 16, 128): False,
+        (640, 2, 64): False,
+    }
+    assert {size: whole_attention.takes(row(*size), row(*size)) for size in sizes} == sizes
+    tokens = lambda D: jax.ShapeDtypeStruct((2, 64, D), jnp.bfloat16)  # noqa: E731
+    assert integers.takes(tokens(2**15)) and not integers.takes(tokens(2**16))
 
 
 @pytest.mark.parametrize("kind", ["float", "weight-only", "adapter", "fp32"])

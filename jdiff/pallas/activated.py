@@ -32,7 +32,7 @@ def _on_one(activation: Callable[[jax.Array], jax.Array], x_BLF: jax.Array) -> S
     from jax.experimental.pallas import tpu as pltpu
 
     B, L, F = x_BLF.shape
-    rows = integers.rows_at_once(L, MOST_ROWS)
+    rows = integers.rows_at_once(L, F, MOST_ROWS)
     shapes, blocks = integers.outputs(x_BLF.shape, rows, [])
     tokens = lambda block: pl.BlockSpec(block, lambda i, j: (i, j, 0, 0)[: len(block)])  # noqa: E731
     return pl.pallas_call(

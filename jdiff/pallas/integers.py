@@ -13,17 +13,25 @@ import jax.numpy as jnp
 from jdiff.sums import LANES
 
 SUBLANES = 8
-"""Rows of fp32 that lie in one register; 32 of int8."""
+"""Rows of fp32 in one register."""
+
+
+ROWS = 4 * SUBLANES
+"""Of int8 in one register."""
+MOST_NUMBERS = 2**20
+"""That a kernel rounds at a time: with what it reads and writes meanwhile they lie in a TPU's vector memory."""
 
 
 def takes(x_BLD: jax.Array) -> bool:
     """Whether arrays of that shape and dtype are rounded by kernels."""
-    return x_BLD.dtype == jnp.bfloat16 and x_BLD.shape[1] % (4 * SUBLANES) == x_BLD.shape[2] % LANES == 0
+    _, L, D = x_BLD.shape
+    return x_BLD.dtype == jnp.bfloat16 and L % ROWS == D % LANES == 0 and ROWS * D <= MOST_NUMBERS
 
 
-def rows_at_once(length: int, most: int) -> int:
-    """The largest number of tokens, up to `most`, that divides length and fills registers of int8."""
-    return next(n for n in range(min(length, most), 0, -1) if length % n == 0 and n % (4 * SUBLANES) == 0)
+def rows_at_once(length: int, width: int, most: int) -> int:
+    """The largest number of tokens, up to `most`, that divides length and fills registers."""
+    most = min(length, most, MOST_NUMBERS // width)
+    return next(n for n in range(most // ROWS * ROWS, 0, -ROWS) if length % n == 0)
 
 
 def inverse(step: jax.Array | None) -> list[jax.Array]:

@@ -39,7 +39,7 @@ def _on_one(
     from jax.experimental.pallas import tpu as pltpu
 
     B, L, D = x_BLD.shape
-    rows = integers.rows_at_once(L, MOST_ROWS)
+    rows = integers.rows_at_once(L, D, MOST_ROWS)
     some = min(B, integers.SUBLANES)  # of shifts and gains one row is not fetched alone
     tokens = lambda block: pl.BlockSpec(block, lambda i, j: (i, j, 0, 0)[: len(block)])  # noqa: E731
     near = pl.BlockSpec((some, D), lambda i, j: (jax.lax.div(i, some), 0))

@@ -22,22 +22,28 @@ from jdiff.sums import LANES
 
 MOST_TOKENS = 512
 """Queries or keys: beyond, splash is the better."""
+MOST_BYTES = 2**24
+"""Of vector memory, which all chips let a kernel have."""
 
 
 def takes(q_BLNK: jax.Array, k_BSNK: jax.Array) -> bool:
-    """Whether `attend` has been compiled for such."""
-    return _takes(q_BLNK.dtype, q_BLNK.shape[1], k_BSNK.shape[1], q_BLNK.shape[3])
+    """Whether `attend` takes such."""
+    _, L, N, K = q_BLNK.shape
+    return _takes(q_BLNK.dtype, L, k_BSNK.shape[1], N, K)
 
 
 def takes_joined(qkv_BLE: jax.Array, heads: int) -> bool:
-    """Whether `attend_joined` has been compiled for such; not for a mesh whose devices share out the heads."""
+    """Whether `attend_joined` takes such; not for a mesh whose devices share out the heads."""
     tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     (_, L, E), D = qkv_BLE.shape, qkv_BLE.shape[2] // 3
-    return tensor == 1 and D % LANES == 0 and _takes(qkv_BLE.dtype, L, L, E // (3 * heads))
+    return tensor == 1 and D % LANES == 0 and _takes(qkv_BLE.dtype, L, L, heads, E // (3 * heads))
 
 
-def _takes(dtype: Any, L: int, S: int, K: int) -> bool:
-    return dtype == jnp.bfloat16 and K % SUBLANES == L % LANES == S % LANES == 0 and max(L, S) <= MOST_TOKENS
+def _takes(dtype: Any, L: int, S: int, N: int, K: int) -> bool:
+    # what is read and written comes twice, beside values and output with tokens last, and scores of some heads
+    room = 8 * (L + S) * N * K + (2 * S + 4 * L) * N * K + 16 * L * S
+    fits = max(L, S) <= MOST_TOKENS and room <= MOST_BYTES
+    return dtype == jnp.bfloat16 and K % SUBLANES == L % LANES == S % LANES == 0 and fits
 
 
 def attend(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array:
