@@ -19,7 +19,7 @@ from jdiff import target, weights
 from jdiff.pallas import activated, integers, modulated
 from jdiff.primal import quicker
 from jdiff.prologue import Input, Prologue
-from jdiff.rows import boundary, rows_apart
+from jdiff.rows import boundary, rows_apart, tensor_size
 from jdiff.sums import row_sum
 
 Initializer = Callable[..., Any]
@@ -90,7 +90,8 @@ class SplitDense(_PartedDense):
 class JoinedDense(_PartedDense):
     """`Dense` of equal parts, which lie side by side in one array (..., features), for what reads them there.
 
-    On a TPU one product makes them where no gradient is taken. Elsewhere they are joined to be taken apart: XLA does neither.
+    On a TPU one product makes them where no gradient is taken, and no devices share out its columns, parts of which would be moved.
+    Elsewhere they are joined to be taken apart: XLA does neither.
     keep: what is done to each part before it is joined (`checkpoint_name`).
     """
 
@@ -101,7 +102,8 @@ class JoinedDense(_PartedDense):
         operands = self._operands(x)
         joined = lambda *operands: jnp.concatenate([self.keep(y) for y in self._apart(*operands)], -1)  # noqa: E731
         whole = lambda x, kernel, bias: rows_apart(weights.dot(x, kernel)) + bias  # noqa: E731
-        return (quicker(whole, joined) if target.platform() == "tpu" else joined)(*operands)
+        one = target.platform() == "tpu" and tensor_size() == 1
+        return (quicker(whole, joined) if one else joined)(*operands)
 
 
 class Conv(nn.Module):

@@ -58,7 +58,11 @@ def on_each_device(
     return jax.shard_map(made, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)(*args)
 
 
+def tensor_size() -> int:
+    """Over how many devices the mesh in use shares out columns and heads; 1 where none is in use."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+
+
 def heads_apart(heads: int) -> str | None:
     """The axis that so many heads are shared out over: `tensor`, or None where they do not divide."""
-    size = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-    return "tensor" if heads % size == 0 else None
+    return None if heads % tensor_size() else "tensor"

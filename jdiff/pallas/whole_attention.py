@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jdiff.pallas import integers
 from jdiff.pallas.integers import SUBLANES
-from jdiff.rows import heads_apart, on_each_device
+from jdiff.rows import heads_apart, on_each_device, tensor_size
 from jdiff.sums import LANES
 
 MOST_TOKENS = 512
@@ -34,9 +34,8 @@ def takes(q_BLNK: jax.Array, k_BSNK: jax.Array) -> bool:
 
 def takes_joined(qkv_BLE: jax.Array, heads: int) -> bool:
     """Whether `attend_joined` takes such; not for a mesh whose devices share out the heads."""
-    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     (_, L, E), D = qkv_BLE.shape, qkv_BLE.shape[2] // 3
-    return tensor == 1 and D % LANES == 0 and _takes(qkv_BLE.dtype, L, L, heads, E // (3 * heads))
+    return tensor_size() == 1 and D % LANES == 0 and _takes(qkv_BLE.dtype, L, L, heads, E // (3 * heads))
 
 
 def _takes(dtype: Any, L: int, S: int, N: int, K: int) -> bool:
