@@ -232,8 +232,12 @@ class _Plain:
         return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+def _plain_products():
+    return mock.patch.multiple("jdiff.layers.weights", dot=_Plain.dot, split_dot=_Plain.split_dot, conv=_Plain.conv)
+
+
 def _by_qwix(module, params, inputs, rules):
-    with mock.patch.multiple("jdiff.layers.weights", dot=_Plain.dot, split_dot=_Plain.split_dot, conv=_Plain.conv):
+    with _plain_products():
         theirs = qwix.quantize_model(module, qwix.PtqProvider(rules))
         shapes = jax.eval_shape(theirs.init, jax.random.key(0), *inputs)["params"]
         quantized = qwix.quantize_params(params, shapes)
@@ -291,7 +295,7 @@ def test_dit_xl_errs_as_qwix_does():
     rules = [qwix.QuantizationRule(module_path=LAYERS, **INT8)]
     apply = jax.jit(lambda params, x: block.apply({"params": params}, x, modulation)[0])
     theirs = qwix.quantize_model(block, qwix.PtqProvider(rules))
-    with mock.patch("jdiff.layers.weights.dot", _Plain.dot):
+    with _plain_products():
         rounded = jax.eval_shape(theirs.init, jax.random.key(0), x, modulation)["params"]
         by_qwix = jax.jit(lambda params, x: theirs.apply({"params": params}, x, modulation)[0])
         by_qwix(qwix.quantize_params(jax.tree.map(jnp.zeros_like, shapes), rounded), x)
