@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jdiff import target
+from jdiff.primal import quicker
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -40,15 +41,11 @@ def split_product(x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array
     return jnp.split(product(x, kernel), parts, axis=-1)
 
 
-@jax.custom_vjp
 def written(x: jax.Array) -> jax.Array:
     """x, which on a TPU is made and written before what reads it: of two products and what is done between them XLA:TPU otherwise
     makes one loop, by its own estimate a quarter slower (docs/performance.md). Where a gradient is taken x alone, for there it is
     kept, and making it twice is estimated at less than reading it."""
-    return lax.optimization_barrier(x) if target.platform() == "tpu" else x
-
-
-written.defvjp(lambda x: (x, None), lambda _, g: (g,))
+    return quicker(lax.optimization_barrier, lambda x: x)(x) if target.platform() == "tpu" else x
 
 
 def _products(x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array]:

@@ -350,9 +350,18 @@ def round_activations(
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if step is None:
-        largest = jnp.abs(x).max(axes, keepdims=True)
-        step = jnp.where(largest == 0, 1, jnp.where(largest == jnp.inf, jnp.nan, largest)) / 127.5
-    return jnp.clip(jnp.round(x / step), -127, 127).astype(jnp.int8), step
+        step = step_of(jnp.abs(x).max(axes, keepdims=True))
+    return nearest(x / step), step
+
+
+def step_of(largest: jax.Array) -> jax.Array:
+    """What values up to `largest` are rounded to multiples of: 1 of zeros, NaN where they are not finite."""
+    return jnp.where(largest == 0, 1, jnp.where(largest == jnp.inf, jnp.nan, largest)) / 127.5
+
+
+def nearest(x: jax.Array) -> jax.Array:
+    """int8 in -127..127; halves to the even one."""
+    return jnp.clip(jnp.round(x), -127, 127).astype(jnp.int8)
 
 
 def _accumulate(window: Window, x_s8: jax.Array, kernel_s8: jax.Array) -> jax.Array:

@@ -21,10 +21,10 @@ FLOORS = (
         {"models"},
         {"layers"},
         {"attention"},
-        {"weights", "gptq"},
+        {"weights", "gptq", "pallas"},
     ),
     *(
-        {"qtensor", "pallas"},
+        {"qtensor"},
         {"convolution", "rows", "tree"},
         {"product", "prologue", "sums"},
         {"npz", "paths", "primal", "target", "version"},

@@ -3,7 +3,7 @@
 Shapes: B batch, L tokens, F hidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,28 +23,9 @@ def rounded(activation: Callable[[jax.Array], jax.Array], x_BLF: jax.Array) -> l
     Each device of a mesh takes its rows. It has no gradient.
     """
     tokens = ("rows", None, None)
-    out = [tokens, ("rows", None, None, None)]
-    return integers.by_token(on_each_device(partial(_on_one, activation), x_BLF, lie=[tokens], out=out))
-
-
-def _on_one(activation: Callable[[jax.Array], jax.Array], x_BLF: jax.Array) -> Sequence[jax.Array]:
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    B, L, F = x_BLF.shape
-    rows = integers.rows_at_once(L, F, MOST_ROWS)
-    shapes, blocks = integers.outputs(x_BLF.shape, rows, [])
-    tokens = lambda block: pl.BlockSpec(block, lambda i, j: (i, j, 0, 0)[: len(block)])  # noqa: E731
-    return pl.pallas_call(
-        partial(_some_rows, activation),
-        grid=(B, L // rows),
-        in_specs=[tokens((None, rows, F))],
-        out_specs=[tokens(block) for block in blocks],
-        out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        name="activated",
-        metadata={"steps": str(B * (L // rows))},
-    )(x_BLF)
+    body = partial(_some_rows, activation)
+    kernel = lambda x_BLF: integers.over_tokens(body, x_BLF, [], [], MOST_ROWS, "activated")  # noqa: E731
+    return integers.by_token(on_each_device(kernel, x_BLF, lie=[tokens], out=[tokens, (*tokens, None)]))
 
 
 def _some_rows(activation: Callable[[jax.Array], jax.Array], x_LF: Any, *outputs: Any) -> None:

@@ -28,7 +28,7 @@ def rounded(
     wide = shift_BD.astype(jnp.float32), scale_BD.astype(jnp.float32)  # of which a kernel can read any one row
     inverse = integers.inverse(step)
     lie = [tokens, of_row, of_row, *[(None,)] * len(inverse)]
-    out = [tokens, ("rows", None, None, None)][: 2 - len(inverse)]
+    out = [tokens, (*tokens, None)][: 2 - len(inverse)]
     return integers.by_token(on_each_device(partial(_on_one, eps), x_BLD, *wide, *inverse, lie=lie, out=out))
 
 
@@ -36,24 +36,12 @@ def _on_one(
     eps: float, x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, *inverse: jax.Array
 ) -> Sequence[jax.Array]:
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
 
-    B, L, D = x_BLD.shape
-    rows = integers.rows_at_once(L, D, MOST_ROWS)
+    B, D = shift_BD.shape
     some = min(B, integers.SUBLANES)  # of shifts and gains one row is not fetched alone
-    tokens = lambda block: pl.BlockSpec(block, lambda i, j: (i, j, 0, 0)[: len(block)])  # noqa: E731
     near = pl.BlockSpec((some, D), lambda i, j: (jax.lax.div(i, some), 0))
-    shapes, blocks = integers.outputs(x_BLD.shape, rows, inverse)
-    return pl.pallas_call(
-        partial(_some_rows, eps, len(inverse)),
-        grid=(B, L // rows),
-        in_specs=[tokens((None, rows, D)), near, near, *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in inverse]],
-        out_specs=[tokens(block) for block in blocks],
-        out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        name="modulated",
-        metadata={"steps": str(B * (L // rows))},
-    )(x_BLD, shift_BD, scale_BD, *inverse)
+    body = partial(_some_rows, eps, len(inverse))
+    return integers.over_tokens(body, x_BLD, [(shift_BD, near), (scale_BD, near)], inverse, MOST_ROWS, "modulated")
 
 
 def _some_rows(eps: float, fixed: int, x_LD: Any, shift_BD: Any, scale_BD: Any, *rest: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdiff.pallas.blocks import largest_divisor
 from jdiff.rows import heads_apart, on_each_device
 from jdiff.sums import LANES
 
@@ -34,23 +35,18 @@ def attend(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> jax.Array
     return on_each_device(_on_one, q_BLNK, k_BSNK, v_BSNK, lie=[lie] * 3, out=[lie])[0]
 
 
-def _largest_divisor(length: int, most: int, of: int) -> int:
-    """The largest multiple of `of`, up to `most`, that divides length."""
-    return next(n for n in range(most // of * of, 0, -of) if length % n == 0)
-
-
 def _on_one(q_BLNK: jax.Array, k_BSNK: jax.Array, v_BSNK: jax.Array) -> Sequence[jax.Array]:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     (L, N, K), S = q_BLNK.shape[1:], k_BSNK.shape[1]
-    q, k = (_largest_divisor(length, MOST_BLOCK, LANES) for length in (L, S))
+    q, k = (largest_divisor(length, MOST_BLOCK, LANES) for length in (L, S))
     size = math.ceil(q_BLNK.dtype.itemsize / 2)
     tokens_last = splash_attention_kernel.QKVLayout.SEQ_MINOR  # a head's 40 numbers are padded to 128 where they are
     blocks = splash_attention_kernel.BlockSizes(
         block_q=q,
         block_kv=k,
         block_q_dkv=q,
-        block_kv_dkv=_largest_divisor(S, max(k, MOST_KEYS // (math.ceil(K / 64) * size)), k),
+        block_kv_dkv=largest_divisor(S, max(k, MOST_KEYS // (math.ceil(K / 64) * size)), k),
         block_kv_dkv_compute=k,
         use_fused_bwd_kernel=True,  # which makes the scores once, not twice
         k_layout=tokens_last,
